@@ -1,0 +1,1 @@
+"""Topology, launchers, supervision and the CLI. The only package that imports Ray."""

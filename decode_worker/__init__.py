@@ -1,0 +1,1 @@
+"""The decode role: a policy over worker/, with a KV receiver."""

@@ -1,0 +1,1 @@
+"""One model replica: sequences, blocks, scheduler, runner, models. No network, no Ray, no pydantic."""

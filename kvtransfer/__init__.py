@@ -1,0 +1,1 @@
+"""Moves KV blocks between processes. Knows bytes, layouts and peers; no model, no tensors."""

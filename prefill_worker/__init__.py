@@ -1,0 +1,1 @@
+"""The prefill role: a policy over worker/, with a KV sender."""

@@ -1,0 +1,1 @@
+"""HTTP and gRPC front doors, tokenization, admission, placement, dispatch. No torch, no Ray."""

@@ -1,0 +1,1 @@
+"""What both worker roles share: front process, rank process, leases, heartbeat."""

@@ -1,0 +1,173 @@
+"""The configuration: one frozen tree, read from YAML and `--set key=value`. Every default is written here.
+
+pydantic checks it because untrusted text enters here; processes get plain dataclasses (baton.specs) made from it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+DEMO_MODEL_DIR = Path(__file__).parent / "demo_model"
+DEMO_MODEL_NAME = "baton-demo"
+
+Port = Annotated[int, Field(ge=0, le=65535)]
+Count = Annotated[int, Field(ge=0, le=1024)]
+
+
+class ConfigError(ValueError):
+    """A configuration that can not be used; the message names the key."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class ModelSection(_Section):
+    """Which model, as what."""
+
+    path: str | None = None  # a Hugging Face directory or hub id; None: the embedded demo model
+    served_model_name: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    max_model_len: int | None = Field(default=None, ge=16)
+    load_format: Literal["auto", "dummy"] = "auto"
+    quantization: Literal["int8"] | None = None
+
+
+class EngineSection(_Section):
+    """One replica. Sizes are per worker (all its ranks together compute one batch)."""
+
+    kind: Literal["native", "sim"] = "native"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    block_size: int = Field(default=16, ge=16, le=256, multiple_of=16)
+    kv_cache_bytes: int | None = Field(default=None, ge=1)  # per rank; None: 64 x max_model_len tokens, at most 1 GiB
+    max_num_seqs: int = Field(default=256, ge=1, le=4096)
+    max_num_batched_tokens: int = Field(default=512, ge=16, le=65536)
+    enable_prefix_caching: bool = True
+    threads_per_rank: int = Field(default=1, ge=1, le=256)
+
+
+class SimSection(_Section):
+    """The simulated engine's cost model and shape."""
+
+    prefill_s_per_token: float = Field(default=2e-5, ge=0)
+    decode_s_per_step: float = Field(default=2e-3, ge=0)
+    decode_s_per_seq: float = Field(default=5e-5, ge=0)
+    vocab_size: int = Field(default=512, ge=2)
+    verify_all: bool = True
+
+
+class TopologySection(_Section):
+    """How many workers of which role."""
+
+    prefill: Count = 1
+    decode: Count = 1
+    mixed: Count = 0
+    tp: int = Field(default=1, ge=1, le=64)  # of decode and mixed workers
+    prefill_tp: int | None = Field(default=None, ge=1, le=64)  # None: as tp
+
+    @model_validator(mode="after")
+    def _somebody_decodes(self) -> TopologySection:
+        if self.decode + self.mixed == 0:
+            raise ValueError("no worker would decode: --decode or --mixed must be at least 1")
+        return self
+
+
+class TransferSection(_Section):
+    """KV between workers."""
+
+    transports: tuple[Literal["shm", "tcp"], ...] = ("shm", "tcp")  # in order of preference
+    credit_bytes: int = Field(default=32 * 2**20, ge=2**16)
+    lease_s: float = Field(default=10.0, gt=0.1)
+
+    @model_validator(mode="after")
+    def _tcp_is_the_fallback(self) -> TransferSection:
+        if not self.transports:
+            raise ValueError("transports must name at least one of shm, tcp")
+        return self
+
+
+class RouterSection(_Section):
+    """The front doors."""
+
+    host: str = "127.0.0.1"
+    port: Port = 8000
+    grpc_port: Port = 50051
+    api_key_file: str | None = None
+    max_concurrent_requests: int = Field(default=1024, ge=1)
+    max_body_bytes: int = Field(default=8 * 2**20, ge=1024)
+    request_timeout_s: float = Field(default=600.0, gt=0)
+    max_attempts: int = Field(default=3, ge=1, le=10)
+    local_prefill_max_tokens: int = Field(default=0, ge=0)  # uncached prompts up to this long skip the prefill worker
+    trace_capacity: int = Field(default=1000, ge=1)  # finished requests that `baton trace` can show
+
+
+class ClusterSection(_Section):
+    """Where processes run."""
+
+    launcher: Literal["ray", "local"] = "ray"
+    address: str | None = None  # an existing Ray cluster ("auto" or host:port); None: an embedded one
+    startup_timeout_s: float = Field(default=120.0, gt=0)
+    stop_grace_s: float = Field(default=5.0, gt=0)
+    secret_file: str | None = None
+
+
+class Config(_Section):
+    """Everything that `baton serve` can be told."""
+
+    model: ModelSection = ModelSection()
+    engine: EngineSection = EngineSection()
+    sim: SimSection = SimSection()
+    topology: TopologySection = TopologySection()
+    transfer: TransferSection = TransferSection()
+    router: RouterSection = RouterSection()
+    cluster: ClusterSection = ClusterSection()
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @model_validator(mode="after")
+    def _supported(self) -> Config:
+        if self.engine.device == "cuda":
+            raise ValueError("engine.device: cuda is not supported by this version; use cpu")
+        if self.model.quantization is not None:
+            raise ValueError("model.quantization: int8 is not supported by this version")
+        if self.cluster.address is not None and self.cluster.launcher != "ray":
+            raise ValueError("cluster.address needs cluster.launcher: ray")
+        return self
+
+
+def load_config(path: str | None = None, settings: dict[str, Any] | None = None) -> Config:
+    """The defaults, overlaid by a YAML file, overlaid by dotted settings ("engine.block_size" -> value).
+
+    String values of settings are read as YAML scalars.
+
+    Raises:
+        ConfigError: the file is missing or no mapping, a key is unknown, a value is out of range. Names the key.
+    """
+    tree: dict[str, Any] = {}
+    if path is not None:
+        try:
+            loaded = yaml.safe_load(Path(path).read_text())
+        except (OSError, yaml.YAMLError) as error:
+            raise ConfigError(f"{path}: {error}") from error
+        if not isinstance(loaded, dict | None):
+            raise ConfigError(f"{path}: not a mapping")
+        tree = loaded or {}
+    for key, value in (settings or {}).items():
+        node = tree
+        *sections, leaf = key.split(".")
+        for section in sections:
+            child = node.setdefault(section, {})
+            if not isinstance(child, dict):
+                raise ConfigError(f"{key}: {section} is not a section")
+            node = child
+        node[leaf] = yaml.safe_load(value) if isinstance(value, str) else value
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"{where}: {message}" if where else message) from error

@@ -1,0 +1,229 @@
+"""Runs plans with torch on one rank: model, pool, attention and sampler put together. Implements engine.types.Runner."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from baton.kv_layout import KVGeometry, KVLayout, LayerSpec, ModelKV
+from engine.attention.reference import ReferenceAttention
+from engine.comm import Comm, SingleComm
+from engine.kv_pool import TORCH_DTYPES, MemfdPool
+from engine.layers.linear import TorchLinears
+from engine.model_config import ModelConfig, ModelUnsupported, read_model_config
+from engine.models.decoder import Decoder, optional_tensors, tensor_shapes
+from engine.plan_codec import decode_plan, encode_plan
+from engine.sampler import NonFiniteLogits, sample
+from engine.types import BatchEntry, Sampled, StepHook, StepPlan
+from engine.weights import Checkpoint, DummyWeights, WeightSource, fingerprint
+
+LOAD_FORMATS: Final = ("auto", "dummy")
+
+
+class StepFailed(RuntimeError):
+    """The step computed no tokens, because the numbers of some sequences broke down.
+
+    `attempt_ids` names them. The same plan without them may be run again.
+    """
+
+    def __init__(self, message: str, attempt_ids: Sequence[str]) -> None:
+        super().__init__(message)
+        self.attempt_ids = tuple(attempt_ids)
+
+
+class NativeRunner:
+    """One rank of one model replica. Its engine thread calls everything; `kv_buffer` may be used by any thread.
+
+    The leader (rank 0) calls `run`; each follower calls `follow` and stays in it until the leader closes. A failure
+    in the middle of a step ends the whole group: its ranks no longer agree on where they are.
+    """
+
+    def __init__(
+        self,
+        model_dir: str | Path,
+        *,
+        dtype: str = "float32",
+        comm: Comm | None = None,
+        block_size: int = 16,
+        num_blocks: int | None = None,
+        kv_cache_bytes: int | None = None,
+        load_format: str = "auto",
+        device: str = "cpu",
+        num_threads: int | None = None,
+    ) -> None:
+        """Load this rank's shard and take its pool: `num_blocks` blocks, or as many as fit in `kv_cache_bytes`.
+
+        All ranks of `comm` (default: a single one) give equal arguments; the call is collective. The runner owns
+        `comm` from then on. `dtype` is float32 or bfloat16, for weights, activations and KV alike; "auto" is what
+        the checkpoint has. `load_format` "dummy" makes weights up. `num_threads` is set for the whole process.
+
+        Raises:
+            ModelUnsupported: config.json asks for something that is not computed, or does not split over the ranks.
+            WeightsMismatch: the checkpoint does not fit the config.
+            ValueError: an argument is out of its range.
+        """
+        if device != "cpu":
+            raise ValueError(f"device must be cpu, not {device!r}")
+        if load_format not in LOAD_FORMATS:
+            raise ValueError(f"load_format must be one of {LOAD_FORMATS}, not {load_format!r}")
+        if num_threads is not None:
+            torch.set_num_threads(num_threads)
+        self.config: ModelConfig = read_model_config(model_dir)
+        self._comm = comm or SingleComm()
+        dtype = self.config.dtype if dtype == "auto" else dtype
+        if dtype not in TORCH_DTYPES:
+            raise ModelUnsupported(f"dtype must be one of {sorted(TORCH_DTYPES)}, not {dtype!r}")
+
+        digest = _agreed_fingerprint(self._comm, model_dir, self.config, dtype, load_format)
+        spec = LayerSpec(self.config.num_kv_heads, self.config.head_dim)
+        model = ModelKV((spec,) * self.config.num_layers, dtype, digest)
+        self.layout = _sized_layout(model, self._comm, block_size, num_blocks, kv_cache_bytes)
+        shapes, optional = tensor_shapes(self.config), optional_tensors(self.config)
+        is_dummy = load_format == "dummy"
+        weights: WeightSource = DummyWeights(shapes, optional) if is_dummy else Checkpoint(model_dir, shapes, optional)
+        self._decoder = Decoder(
+            self.config, weights, dtype=TORCH_DTYPES[dtype], comm=self._comm, linears=TorchLinears()
+        )
+        self._pool = MemfdPool(self.layout)
+        self._attention = ReferenceAttention(self._pool, self.config.windows)
+        self._is_closed = False
+
+    def kv_buffer(self) -> memoryview:
+        """See Runner."""
+        return self._pool.buffer()
+
+    def kv_fd(self) -> int | None:
+        """See Runner."""
+        return self._pool.fd()
+
+    def run(self, plan: StepPlan, hook: StepHook | None = None) -> list[Sampled | None]:
+        """See Runner. Leader only: followers are told, and compute their part in `follow`.
+
+        Raises:
+            ValueError: the plan can not be run on this pool and model; nothing was computed.
+            StepFailed: logits are not finite; no token was chosen.
+            PeerLost: a follower is gone.
+        """
+        assert self._comm.rank == 0, "followers run plans in follow()"
+        if not plan.entries:
+            return []
+        self._check(plan)
+        try:
+            if self._comm.size > 1:
+                self._comm.send(encode_plan(plan, for_followers=True))
+            logits = self._compute(plan, hook)
+        except BaseException:
+            if self._comm.size > 1:
+                self._comm.close()
+            raise
+        return self._sampled(plan, logits)
+
+    def follow(self, hook: StepHook | None = None) -> None:
+        """Follower: compute the leader's plans until it closes. Sampling specs are not sent to followers.
+
+        Raises:
+            PeerLost: the leader, or another follower, died.
+        """
+        try:
+            while (message := self._comm.receive()) is not None:
+                self._compute(decode_plan(message), hook)
+        except BaseException:
+            self._comm.close()
+            raise
+
+    def close(self) -> None:
+        """See Runner. On the leader this ends every follower's `follow`."""
+        if not self._is_closed:
+            self._is_closed = True
+            self._comm.close()
+            del self._decoder, self._attention  # they hold views of the pool
+            self._pool.close()
+
+    def _check(self, plan: StepPlan) -> None:
+        """A plan that breaks one of these would read or write outside its blocks, or outside of the model."""
+        block_size, num_blocks = self.layout.geometry.block_size, self.layout.geometry.num_blocks
+        for entry in plan.entries:
+            end, table = entry.start + len(entry.token_ids), entry.block_table
+            problem = ""
+            if not entry.token_ids or entry.start < 0:
+                problem = "has no tokens"
+            elif end > self.config.max_position_embeddings:
+                problem = f"goes to token {end}; the model ends at {self.config.max_position_embeddings}"
+            elif end > len(table) * block_size:
+                problem = f"needs {end} tokens of KV; its block table holds {len(table) * block_size}"
+            elif min(table) < 0 or max(table) >= num_blocks:
+                problem = f"names a block outside of 0..{num_blocks - 1}"
+            elif min(entry.token_ids) < 0 or max(entry.token_ids) >= self.config.vocab_size:
+                problem = f"has a token outside of the vocabulary of {self.config.vocab_size}"
+            if problem:
+                raise ValueError(f"step {plan.step_id}: {entry.attempt_id} {problem}")
+
+    @torch.inference_mode()
+    def _compute(self, plan: StepPlan, hook: StepHook | None) -> Tensor | None:
+        """Logits of the rows that sample, on the leader."""
+        assert not self._is_closed
+        token_ids, positions, rows = _flatten(plan.entries)
+        if hook is not None:
+            hook.step_begin(plan)
+        self._attention.begin_step(plan.entries)
+        written = (lambda layer: None) if hook is None else (lambda layer: hook.layer_done(layer, None))
+        logits = self._decoder.forward(token_ids, positions, rows, self._attention, written)
+        if hook is not None:
+            hook.step_done()
+        return logits
+
+    @torch.inference_mode()
+    def _sampled(self, plan: StepPlan, logits: Tensor | None) -> list[Sampled | None]:
+        specs = [entry.sample for entry in plan.entries if entry.sample is not None]
+        if logits is None:
+            return [None] * len(plan.entries)
+        try:
+            chosen = iter(sample(logits, specs))
+        except NonFiniteLogits as error:
+            names = [entry.attempt_id for entry in plan.entries if entry.sample is not None]
+            broken = [names[row] for row in error.rows]
+            raise StepFailed(f"step {plan.step_id}: logits of {broken} are not finite", broken) from error
+        return [None if entry.sample is None else next(chosen) for entry in plan.entries]
+
+
+def _flatten(entries: Sequence[BatchEntry]) -> tuple[Tensor, Tensor, Tensor]:
+    """Token ids and positions [num_tokens], and the rows of the last token of each entry that samples."""
+    tokens: list[int] = []
+    positions: list[int] = []
+    rows: list[int] = []
+    for entry in entries:
+        tokens += entry.token_ids
+        positions += range(entry.start, entry.start + len(entry.token_ids))
+        if entry.sample is not None:
+            rows.append(len(tokens) - 1)
+    return tuple(torch.tensor(values, dtype=torch.int64) for values in (tokens, positions, rows))  # type: ignore[return-value]
+
+
+def _agreed_fingerprint(comm: Comm, model_dir: str | Path, config: ModelConfig, dtype: str, load_format: str) -> str:
+    """The leader's fingerprint on all ranks: it reads every byte of the weights, so only one rank should."""
+    if comm.rank == 0:
+        digest = fingerprint(model_dir, config, dtype, load_format)
+        comm.send(digest.encode())
+        return digest
+    message = comm.receive()
+    if message is None:
+        raise RuntimeError("the leader closed before it said which model it has")
+    return message.decode()
+
+
+def _sized_layout(
+    model: ModelKV, comm: Comm, block_size: int, num_blocks: int | None, kv_cache_bytes: int | None
+) -> KVLayout:
+    if (num_blocks is None) == (kv_cache_bytes is None):
+        raise ValueError("give one of num_blocks and kv_cache_bytes")
+    if num_blocks is None:
+        assert kv_cache_bytes is not None
+        one_block = KVLayout(model, KVGeometry(comm.size, block_size, 1), comm.rank).bytes_per_block
+        num_blocks = kv_cache_bytes // one_block
+    if num_blocks < 1:
+        raise ValueError(f"the KV pool holds no block: num_blocks {num_blocks}, kv_cache_bytes {kv_cache_bytes}")
+    return KVLayout(model, KVGeometry(comm.size, block_size, num_blocks), comm.rank)

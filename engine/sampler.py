@@ -1,0 +1,194 @@
+"""Chooses tokens from logits. A row's result depends on its logits and its SampleSpec only, not on its batch.
+
+Noise is counter-based: a pure function of (seed, sample_index, position, token id), so that any worker that computes
+the same logits draws the same token, and a retry repeats no randomness.
+
+Order of effects, as in vLLM: logit_bias and bans, penalties, temperature, min_p, top_k, top_p.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from baton.request import SamplingParams, TokenLogprobs
+from engine.types import Sampled, SampleSpec
+
+# splitmix64: increments by the golden ratio, then "variant 13" of the MurmurHash3 finaliser (Steele, Lea and Flood,
+# "Fast splittable pseudorandom number generators", OOPSLA 2014, figure 17).
+_GOLDEN: Final = 0x9E3779B97F4A7C15
+_MULTIPLIERS: Final = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+_SHIFTS: Final = (30, 27, 31)
+_MASK64: Final = 2**64 - 1
+_UNIFORM_BITS: Final = 52
+_NUCLEUS_GUESS: Final = 1024
+
+
+class NonFiniteLogits(RuntimeError):
+    """Logits of some rows are NaN or infinite: the model's numbers broke down, and no token follows from them."""
+
+    def __init__(self, rows: Sequence[int]) -> None:
+        super().__init__(f"logits of rows {list(rows)} are not finite")
+        self.rows = tuple(rows)
+
+
+def sample(logits: Tensor, specs: Sequence[SampleSpec]) -> list[Sampled]:
+    """One token per row of `logits` [num_rows, vocab_size] float32, which is left as it is.
+
+    Token ids in a spec that are not in the vocabulary have no effect.
+
+    Raises:
+        NonFiniteLogits: naming the rows; nothing was sampled.
+    """
+    highest, greedy = logits.max(dim=-1)
+    finite = torch.isfinite(highest)
+    if not finite.all():
+        raise NonFiniteLogits((~finite).nonzero().flatten().tolist())
+    return [
+        Sampled(token) if _is_plain_greedy(spec) else _sample_row(logits[row], spec)
+        for row, (token, spec) in enumerate(zip(greedy.tolist(), specs, strict=True))
+    ]
+
+
+def _is_plain_greedy(spec: SampleSpec) -> bool:
+    params = spec.params
+    return (
+        params.temperature == 0
+        and params.num_logprobs is None
+        and not spec.banned_token_ids
+        and not params.logit_bias
+        and not _has_penalty(params)
+    )
+
+
+def _has_penalty(params: SamplingParams) -> bool:
+    return params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
+
+
+def _sample_row(raw: Tensor, spec: SampleSpec) -> Sampled:
+    """`raw` is [vocab_size]. One row at a time: a reduction over a batch may add in another order."""
+    logits = _adjusted(raw, spec)
+    token = int(logits.argmax()) if spec.params.temperature == 0 else _draw(logits, spec)
+    if spec.params.num_logprobs is None:
+        return Sampled(token)
+    return Sampled(token, _logprobs(raw, token, spec.params.num_logprobs))
+
+
+def _adjusted(raw: Tensor, spec: SampleSpec) -> Tensor:
+    params = spec.params
+    logits = raw.clone()
+    bias = {token: value for token, value in params.logit_bias.items() if 0 <= token < len(logits)}
+    if bias:
+        logits[list(bias)] += torch.tensor(list(bias.values()), dtype=logits.dtype, device=logits.device)
+    banned = [token for token in spec.banned_token_ids if 0 <= token < len(logits)]
+    if banned:
+        logits[banned] = -math.inf
+    if _has_penalty(params):
+        _penalise(logits, spec)
+    return logits
+
+
+def _penalise(logits: Tensor, spec: SampleSpec) -> None:
+    """Repetition (Keskar et al. 2019, arXiv:1909.05858) over prompt and output; presence, frequency over output."""
+    params = spec.params
+    counts = Counter(spec.output_token_ids)
+    if params.repetition_penalty != 1:
+        seen = sorted({*spec.prompt_token_ids, *counts})
+        values = logits[seen]
+        penalty = params.repetition_penalty
+        logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
+    if counts:
+        count = torch.tensor(list(counts.values()), dtype=logits.dtype, device=logits.device)
+        logits[list(counts)] -= params.frequency_penalty * count + params.presence_penalty
+
+
+def _draw(logits: Tensor, spec: SampleSpec) -> int:
+    """A draw from softmax(logits / temperature), cut by min_p, top_k and top_p, by the Gumbel-max trick."""
+    scaled = logits.double() / spec.params.temperature
+    threshold = _threshold(scaled, spec.params)
+    if threshold == -math.inf:
+        candidates = torch.arange(len(scaled), device=scaled.device)
+    else:
+        candidates = (scaled >= threshold).nonzero().flatten()
+        scaled = scaled[candidates]
+    params = spec.params
+    noise = gumbel_noise(params.seed, params.sample_index, spec.position, candidates)
+    return int(candidates[(scaled + noise).argmax()])
+
+
+def _threshold(scaled: Tensor, params: SamplingParams) -> float:
+    """Tokens below this value are cut. A threshold, so that equal tokens are kept or cut together."""
+    threshold = -math.inf
+    if params.min_p > 0:  # p >= min_p * max(p)
+        threshold = float(scaled.max()) + math.log(params.min_p)
+    if 0 < params.top_k < len(scaled):
+        threshold = max(threshold, float(scaled.topk(params.top_k).values[-1]))
+    if params.top_p < 1:
+        kept = scaled[scaled >= threshold]
+        threshold = max(threshold, _nucleus(kept, params.top_p))
+    return threshold
+
+
+def _nucleus(scaled: Tensor, top_p: float) -> float:
+    """The lowest value in the smallest set of likeliest tokens whose probability reaches `top_p`.
+
+    (Holtzman et al. 2020, arXiv:1904.09751.) Sorts only as far as needed; the result does not depend on how far.
+    """
+    total = scaled.logsumexp(0)
+    for width in (min(_NUCLEUS_GUESS, len(scaled)), len(scaled)):
+        likeliest = scaled.topk(width).values
+        probs = (likeliest - total).exp()
+        num_kept = max(1, int((probs.cumsum(0) - probs < top_p).sum()))
+        if num_kept < width:
+            break
+    return float(likeliest[num_kept - 1])
+
+
+def gumbel_noise(seed: int, sample_index: int, position: int, token_ids: Tensor) -> Tensor:
+    """Standard Gumbel noise, float64, for each of `token_ids` (int64): always finite, in [-3.7, 36.8].
+
+    Each (seed, sample_index, position) is hashed to a stream of splitmix64, whose output number `token id` is used:
+    -log(-log(u)) with u the middle of one of 2**52 equal parts of (0, 1), which float64 holds exactly.
+    """
+    key = 0
+    for word in (seed, sample_index, position):
+        key = _mix((key ^ (word & _MASK64)) + _GOLDEN)
+    bits = (token_ids + 1) * _signed(_GOLDEN) + _signed(key)
+    for shift, multiplier in zip(_SHIFTS, (*_MULTIPLIERS, None), strict=True):
+        bits = bits ^ (bits >> shift) & (2 ** (64 - shift) - 1)  # int64 shifts keep the sign: mask it off
+        if multiplier is not None:
+            bits = bits * _signed(multiplier)
+    top = (bits >> (64 - _UNIFORM_BITS)) & (2**_UNIFORM_BITS - 1)
+    uniform = (top.double() + 0.5) * 2.0**-_UNIFORM_BITS
+    return -torch.log(-torch.log(uniform))
+
+
+def _mix(word: int) -> int:
+    """splitmix64's finaliser on Python integers."""
+    word &= _MASK64
+    for shift, multiplier in zip(_SHIFTS, (*_MULTIPLIERS, None), strict=True):
+        word ^= word >> shift
+        if multiplier is not None:
+            word = word * multiplier & _MASK64
+    return word
+
+
+def _signed(word: int) -> int:
+    """The int64 with the same bits."""
+    return word - 2**64 if word >= 2**63 else word
+
+
+def _logprobs(raw: Tensor, token: int, num_top: int) -> TokenLogprobs:
+    logprobs = raw.log_softmax(0)
+    rank = 1 + int((raw > raw[token]).sum())
+    top = logprobs.topk(min(num_top, len(raw)))
+    return TokenLogprobs(
+        logprob=float(logprobs[token]),
+        rank=rank,
+        top=tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True)),
+    )

@@ -175,6 +175,10 @@ class EngineStats:
     num_tokens_computed: int
     num_prefix_hit_tokens: int
     num_prefix_query_tokens: int
+    run_s: float = 0.0
+    """Seconds spent in the runner so far."""
+    bookkeeping_s: float = 0.0
+    """Seconds of `step` spent outside the runner so far."""
 
 
 class Engine(Protocol):

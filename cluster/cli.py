@@ -1,0 +1,190 @@
+"""The `baton` command: what can be typed, and which module answers. Imports nothing slow before it is needed.
+
+There are no defaults here: a flag of `serve` sets one key of baton/config.py, where the default stands.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+EXIT_FAILED: Final = 1
+EXIT_USAGE: Final = 2
+EXIT_INTERRUPTED: Final = 130
+
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """A flag of `serve` and the configuration key that it sets."""
+
+    name: str
+    key: str
+    help: str
+    metavar: str | None = None
+    choices: tuple[str, ...] | None = None
+    type: Callable[[str], Any] = str
+
+
+FLAGS: Final = (
+    Flag("--prefill", "topology.prefill", "number of prefill workers", "N", type=int),
+    Flag("--decode", "topology.decode", "number of decode workers", "N", type=int),
+    Flag("--mixed", "topology.mixed", "number of workers that do both; alone: aggregated serving", "N", type=int),
+    Flag("--tp", "topology.tp", "tensor parallelism of each worker", "N", type=int),
+    Flag("--prefill-tp", "topology.prefill_tp", "tensor parallelism of prefill workers, if different", "N", type=int),
+    Flag("--dtype", "model.dtype", "data type of weights and KV", choices=("auto", "float32", "bfloat16")),
+    Flag("--max-model-len", "model.max_model_len", "most tokens of a request, prompt included", "N", type=int),
+    Flag("--quantization", "model.quantization", "weight quantization", "Q"),
+    Flag("--served-model-name", "model.served_model_name", "the name that clients use", "S"),
+    Flag("--kv-cache-bytes", "engine.kv_cache_bytes", "KV cache of each rank", "N", type=int),
+    Flag("--engine", "engine.kind", "the real engine, or one that only simulates", choices=("native", "sim")),
+    Flag("--device", "engine.device", "where the engine computes", choices=("auto", "cpu", "cuda")),
+    Flag("--launcher", "cluster.launcher", "start processes by Ray or directly", choices=("ray", "local")),
+    Flag("--address", "cluster.address", "join this Ray cluster instead of embedding one", "auto|HOST:PORT"),
+    Flag("--host", "router.host", "address that clients connect to", "ADDR"),
+    Flag("--port", "router.port", "HTTP port; 0 takes a free one", "N", type=int),
+    Flag("--grpc-port", "router.grpc_port", "gRPC port; 0 takes a free one", "N", type=int),
+    Flag("--api-key-file", "router.api_key_file", "file of API keys that clients must present", "F"),
+    Flag("--log-level", "log_level", "of all processes", choices=("debug", "info", "warning", "error")),
+)
+
+
+def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Configuration settings from the flags that were given; `--set` wins.
+
+    Raises:
+        ValueError: a `--set` without "=".
+    """
+    settings: dict[str, Any] = {}
+    if arguments.model is not None:
+        settings["model.path"] = _verbatim(arguments.model)
+    for flag in FLAGS:
+        value = getattr(arguments, flag.key)
+        if value is not None:
+            settings[flag.key] = _verbatim(value)
+    for item in arguments.set or ():
+        key, separator, value = item.partition("=")
+        if not separator or not key:
+            raise ValueError(f"--set {item}: must be key=value")
+        settings[key] = value
+    return settings
+
+
+def _verbatim(value: object) -> object:
+    """Text as YAML that reads as this text, whatever it looks like ("1e3", "no")."""
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else value
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="baton", description="Disaggregated prefill/decode serving of large language models."
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    serve = commands.add_parser("serve", help="serve a model", description=_SERVE_TEXT)
+    serve.add_argument("model", nargs="?", metavar="MODEL", help="a Hugging Face directory or hub id; none: a demo")
+    for flag in FLAGS:
+        serve.add_argument(
+            flag.name, dest=flag.key, metavar=flag.metavar, choices=flag.choices, type=flag.type, help=flag.help
+        )
+    serve.add_argument(
+        "--log-format", choices=("auto", "json", "text"), help="this terminal's lines; auto: text on a tty"
+    )
+    serve.add_argument("--config", metavar="FILE", help="YAML file of configuration keys; flags override it")
+    serve.add_argument("--set", metavar="KEY=VALUE", action="append", help="set any configuration key; repeatable")
+
+    chat = commands.add_parser("chat", help="talk to a server", description="Talk to a running server.")
+    chat.add_argument("question", nargs="?", help="ask this and end; none: a conversation")
+    chat.add_argument("--max-tokens", type=int, metavar="N", help="longest answer")
+    chat.add_argument("--temperature", type=float, metavar="T", help="0: always the likeliest token")
+    chat.add_argument("--api-key-file", metavar="F", help="file whose first line is the API key (or set BATON_API_KEY)")
+
+    status = commands.add_parser("status", help="workers, blocks, requests of a server")
+    status.add_argument("--json", action="store_true", help="for programs")
+
+    trace = commands.add_parser("trace", help="where a request's time went")
+    trace.add_argument("request_id", nargs="?", metavar="ID", help="none: the latest")
+    trace.add_argument("--json", action="store_true", help="for programs")
+
+    down = commands.add_parser("down", help="end a server of yours")
+    down.add_argument("--all", action="store_true", help="end all of them")
+
+    for command in (chat, status, trace, down):
+        command.add_argument("--url", metavar="URL", help="of the server, if several run")
+        command.add_argument("--port", type=int, metavar="N", help="HTTP port of the server, if several run")
+    commands.add_parser("version", help="versions of Baton and of what it uses")
+    return parser
+
+
+_SERVE_TEXT: Final = (
+    "Serve MODEL over HTTP (OpenAI-compatible) and gRPC. Prefill and decode run in different workers; with --mixed N "
+    "they do not. Defaults and all other settings: baton/config.py, --config, --set."
+)
+
+
+def _serve(arguments: argparse.Namespace, began: float) -> int:
+    from cluster import guardian
+
+    request = {"config_file": arguments.config, "settings": settings_of(arguments), "log_format": arguments.log_format}
+    return guardian.serve(request, began)
+
+
+def _chat(arguments: argparse.Namespace) -> int:
+    from cluster import chat
+
+    return chat.run(arguments)
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from cluster import status
+
+    return status.run(arguments)
+
+
+def _trace(arguments: argparse.Namespace) -> int:
+    from cluster import trace
+
+    return trace.run(arguments)
+
+
+def _down(arguments: argparse.Namespace) -> int:
+    from cluster import down
+
+    return down.run(arguments)
+
+
+def _version(arguments: argparse.Namespace) -> int:
+    from cluster import version
+
+    return version.run()
+
+
+_COMMANDS: Final = {"chat": _chat, "status": _status, "trace": _trace, "down": _down, "version": _version}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Do what the command line says; the exit status (2: it can not be understood, 1: it failed)."""
+    began = time.monotonic()
+    arguments = _parser().parse_args(["version"] if argv == ["--version"] else argv)
+    from cluster.run_dir import RunDirError
+
+    try:
+        if arguments.command == "serve":
+            return _serve(arguments, began)
+        return _COMMANDS[arguments.command](arguments)
+    except ValueError as error:
+        sys.stderr.write(f"baton: {error}\n")
+        return EXIT_USAGE
+    except RunDirError as error:
+        sys.stderr.write(f"baton: {error}\n")
+        return EXIT_FAILED
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

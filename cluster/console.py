@@ -1,0 +1,89 @@
+"""What the user sees of a running server: one line per request, warnings, and what the supervisor has to say."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import Any, Final, Literal, TextIO
+
+from cluster.process_log import REQUEST_FINISHED
+
+Style = Literal["json", "text"]
+_SKIPPED: Final = frozenset({"time", "level", "logger", "event", "exception", "role", "worker_id", "tp_rank"})
+
+
+def choose_style(wanted: str | None, out: TextIO) -> Style:
+    """ "json" and "text" as wanted; otherwise text for people (a terminal) and JSON for programs."""
+    match wanted:
+        case "json":
+            return "json"
+        case "text":
+            return "text"
+        case _:
+            return "text" if out.isatty() else "json"
+
+
+class Console:
+    """Lines on stderr. A terminal that is gone is not an error."""
+
+    def __init__(self, style: Style, out: TextIO | None = None) -> None:
+        self._style = style
+        self._out = sys.stderr if out is None else out
+
+    def say(self, text: str, level: str = "info", **fields: Any) -> None:
+        """The supervisor's own words: a sentence, and its values for programs."""
+        if self._style == "text":
+            self._write(f"{_clock_text(time.time())} {_mark(level)}{text}")
+            return
+        now = time.time()
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now % 1 * 1000):03d}Z"
+        line = {"time": stamp, "level": level, "logger": "cluster", "event": text, **fields}
+        self._write(json.dumps(line, default=str))
+
+    def show(self, block: str) -> None:
+        """Some lines for people, whatever the style."""
+        self._write(block)
+
+    def child_line(self, process: str, line: str) -> None:
+        """A JSON log line of a child."""
+        if self._style == "json":
+            self._write(line)
+            return
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if not isinstance(record, dict):
+            self._write(line)
+        elif record.get("event") == REQUEST_FINISHED:
+            self._write(f"{_clock_text(time.time())} {request_line(record)}")
+        else:
+            self._write(f"{_clock_text(time.time())} {_mark(str(record.get('level')))}{process}: {_event_text(record)}")
+
+    def _write(self, text: str) -> None:
+        try:
+            self._out.write(text + "\n")
+            self._out.flush()
+        except OSError:
+            return
+
+
+def _clock_text(now: float) -> str:
+    return time.strftime("%H:%M:%S", time.localtime(now))
+
+
+def _mark(level: str) -> str:
+    return "" if level == "info" else f"{level.upper()} "
+
+
+def _event_text(record: dict[str, Any]) -> str:
+    fields = " ".join(f"{key}={value}" for key, value in record.items() if key not in _SKIPPED)
+    text = f"{record.get('event', '')} {fields}".rstrip()
+    exception = str(record.get("exception", "")).strip()
+    return f"{text} [{exception.splitlines()[-1]}]" if exception else text
+
+
+def request_line(record: dict[str, Any]) -> str:
+    """A finished request on one line, from the fields of the router's log record."""
+    return _event_text(record)

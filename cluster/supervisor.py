@@ -1,0 +1,350 @@
+"""The process that starts a server's routers and workers, keeps them running, and ends them in order.
+
+`python -m cluster.supervisor`, started by cluster.guardian, which writes one JSON line to its stdin: where the
+configuration comes from and the run directory. It does not know how a unit is started (cluster.unit.Launcher).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import secrets
+import signal
+import socket
+import sys
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from baton import auth
+from baton.config import Config, ConfigError, load_config
+from cluster import guardian, process_tree, topology
+from cluster.banner import StartUp, banner
+from cluster.console import Console, choose_style
+from cluster.host import LogLine, Report
+from cluster.launcher_local import LocalLauncher
+from cluster.restart import RestartPolicy
+from cluster.run_dir import RunDir
+from cluster.topology import ROUTER, ModelChoice, Modules, WorkerPlan
+from cluster.unit import Launcher, StartFailed, Unit
+
+MODULES_ENV: Final = "BATON_MODULES"
+"""For tests: "router=tests.support.stub_process,prefill=..." replaces what is run."""
+_BROKEN_GRACE_S: Final = 0.5
+"""For the rest of a unit that lost a process: it can do nothing useful any more."""
+_CAN_DECODE: Final = ("decode", "mixed")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What the guardian asks for."""
+
+    config_file: str | None
+    settings: dict[str, Any]
+    log_format: str | None
+    run: RunDir
+    began: float
+
+
+class Supervisor:
+    """One server. Everything happens in the loop that calls `run`."""
+
+    def __init__(
+        self,
+        config: Config,
+        model: ModelChoice,
+        workers: Sequence[WorkerPlan],
+        launcher: Launcher,
+        local: LocalLauncher,
+        console: Console,
+        run: RunDir,
+        secret: bytes,
+        modules: Modules,
+        start_up: StartUp,
+    ) -> None:
+        self._config = config
+        self._model = model
+        self._workers = {plan.worker_id: plan for plan in workers}
+        self._launcher = launcher
+        self._local = local
+        self._console = console
+        self._run = run
+        self._secret = secret
+        self._modules = modules
+        self._start_up = start_up
+        self._stop = asyncio.Event()
+        self._is_open = asyncio.Event()
+        self._ready = {name: asyncio.Event() for name in (ROUTER, *self._workers)}
+        self._is_serving = asyncio.Event()
+        self._why_not_serving = ""
+        self._router: Unit | None = None
+        self._ports = (config.router.port, config.router.grpc_port)
+        self._fleet: dict[str, str] = {}
+        self._facts: dict[str, dict[str, Any]] = {}
+        self._given_up: set[str] = set()
+
+    async def run(self) -> None:
+        """Serve until a signal says stop; then end routers first, workers after them.
+
+        Raises:
+            StartFailed: something did not come up, or too much of it was lost; nothing is left running.
+        """
+        loop = asyncio.get_running_loop()
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(signum, self._on_signal)
+        try:
+            async with asyncio.TaskGroup() as group:
+                opening = group.create_task(self._open_launcher())
+                router = group.create_task(self._keep(ROUTER, self._start_router))
+                workers = [group.create_task(self._keep(name, self._start_worker)) for name in self._workers]
+                announcing = group.create_task(self._announce())
+                await self._stop.wait()
+                for tasks in ([announcing], [router], [*workers, opening]):
+                    await _cancel(tasks)
+        except* StartFailed as failures:
+            raise StartFailed(str(failures.exceptions[0])) from None
+        finally:
+            await self._launcher.close()
+
+    def _on_signal(self) -> None:
+        if self._stop.is_set():
+            os._exit(1)  # the guardian, or the kernel by way of the death signal, ends the rest
+        self._stop.set()
+
+    async def _open_launcher(self) -> None:
+        with self._start_up.step(self._config.cluster.launcher):
+            await self._launcher.open()
+        self._is_open.set()
+
+    async def _announce(self) -> None:
+        limit_s = self._config.cluster.startup_timeout_s
+        try:
+            async with asyncio.timeout(limit_s):
+                for event in self._ready.values():
+                    await event.wait()
+                await self._is_serving.wait()
+        except TimeoutError:
+            missing = ", ".join(name for name, event in self._ready.items() if not event.is_set())
+            why = f"{missing} not ready" if missing else f"the router does not serve: {self._why_not_serving}"
+            raise StartFailed(f"not ready after {limit_s:g} s (cluster.startup_timeout_s): {why}") from None
+        self._start_up.finish()
+        self._write_state()
+        self._console.show(banner(self._config, self._model, list(self._workers.values()), self._facts, self._start_up))
+
+    async def _keep(self, name: str, start: Callable[[str], Awaitable[Unit]]) -> None:
+        """Start a unit, and again whenever it ends."""
+        policy = RestartPolicy()
+        while True:
+            up_since: float | None = None
+            try:
+                unit = await start(name)
+                try:
+                    async with asyncio.timeout(self._config.cluster.startup_timeout_s):
+                        reports = await asyncio.shield(unit.state.ready)
+                    up_since = time.monotonic()
+                    self._on_up(name, unit, {process: report.fields for process, report in reports.items()})
+                    how = await asyncio.shield(unit.state.ended)
+                finally:
+                    self._on_down(name)
+                    is_broken = unit.state.ended.done()
+                    await unit.stop(_BROKEN_GRACE_S if is_broken else self._config.cluster.stop_grace_s)
+            except (StartFailed, TimeoutError) as error:
+                how = str(error) or f"not ready within {self._config.cluster.startup_timeout_s:g} s"
+                if not self._start_up.is_finished:
+                    raise StartFailed(how if isinstance(error, StartFailed) else f"{name} was {how}") from None
+            now = time.monotonic()
+            delay_s = policy.after_failure(now, 0.0 if up_since is None else now - up_since)
+            if delay_s is None:
+                self._give_up(name, how)
+                return
+            self._facts.setdefault(name, {})["restarts"] = self._facts.get(name, {}).get("restarts", 0) + 1
+            self._console.say(
+                f"{name} was lost: {how}; starting it again in {delay_s:g} s", "warning", unit=name, delay_s=delay_s
+            )
+            await asyncio.sleep(delay_s)
+
+    def _give_up(self, name: str, how: str) -> None:
+        self._given_up.add(name)
+        able = [plan for plan in self._workers.values() if plan.role in _CAN_DECODE]
+        verdict = f"{name} failed five times within a minute and is not started again; the last time: {how}"
+        if name == ROUTER or all(plan.worker_id in self._given_up for plan in able):
+            raise StartFailed(verdict)
+        self._console.say(verdict, "error", unit=name)
+
+    async def _start_router(self, name: str) -> Unit:
+        status = {
+            "launcher": self._config.cluster.launcher,
+            "workers": [
+                {"worker_id": plan.worker_id, "role": plan.role, "tp_size": plan.tp_size}
+                for plan in self._workers.values()
+            ],
+        }
+        order = topology.router_order(
+            self._config, self._model, self._secret, self._modules, ports=self._ports, status=status
+        )
+        self._router = await self._local.start_unit(order, self._on_router_report, self._on_log)
+        self._tell_fleet()
+        return self._router
+
+    async def _start_worker(self, name: str) -> Unit:
+        await self._is_open.wait()
+        start = topology.worker_start(self._run, name, secrets.token_hex(8))
+        order = topology.worker_order(
+            self._config, self._workers[name], start, self._model, self._secret, self._modules
+        )
+        return await self._launcher.start_unit(order, lambda report: None, self._on_log)
+
+    def _on_up(self, name: str, unit: Unit, reports: dict[str, dict[str, Any]]) -> None:
+        is_restart = self._ready[name].is_set()
+        facts = self._facts.setdefault(name, {})
+        facts.update(reports=reports, pids=dict(unit.pids), state="ready")
+        facts.setdefault("ready_s", self._start_up.elapsed_s)
+        self._ready[name].set()
+        if name == ROUTER:
+            self._ports = _ports_of(reports[ROUTER], self._ports)
+        else:
+            facts["incarnation"] = unit.state.order.processes[0].spec["incarnation"]
+            self._fleet[name] = str(reports[topology.FRONT]["address"])
+            self._tell_fleet()
+        self._write_state()
+        if is_restart:
+            self._console.say(f"{name} is back", unit=name)
+
+    def _on_down(self, name: str) -> None:
+        self._facts.setdefault(name, {})["state"] = "down"
+        if name == ROUTER:
+            self._router = None
+            self._is_serving.clear()
+        elif self._fleet.pop(name, None) is not None:
+            self._tell_fleet()
+        self._write_state()
+
+    def _tell_fleet(self) -> None:
+        if self._router is not None:
+            workers = [{"worker_id": name, "address": address} for name, address in sorted(self._fleet.items())]
+            self._router.tell(ROUTER, {"event": "fleet", "workers": workers})
+
+    def _on_router_report(self, report: Report) -> None:
+        if report.event == "serving":
+            self._is_serving.set()
+        elif report.event == "not_serving":
+            self._is_serving.clear()
+            self._why_not_serving = str(report.fields.get("reason", ""))
+
+    def _on_log(self, unit: str, line: LogLine) -> None:
+        self._console.child_line(unit if unit == line.process else f"{unit} {line.process}", line.text)
+
+    def _write_state(self) -> None:
+        router = self._facts.get(ROUTER, {}).get("reports", {}).get(ROUTER, {})
+        self._run.write_state(
+            http_url=router.get("http_url"),
+            grpc_url=router.get("grpc_url"),
+            token=auth.worker_token(self._secret),
+            model=self._model.name,
+            ready=self._start_up.is_finished,
+            units={
+                name: {key: facts[key] for key in ("state", "pids", "incarnation", "restarts") if key in facts}
+                for name, facts in self._facts.items()
+            },
+        )
+
+
+async def _cancel(tasks: Sequence[asyncio.Task[None]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)
+
+
+def _ports_of(report: dict[str, Any], before: tuple[int, int]) -> tuple[int, int]:
+    """The ports that the router took, so that a restarted one takes them again."""
+
+    def port(url: object, default: int) -> int:
+        tail = str(url).rstrip("/").rpartition(":")[2]
+        return int(tail) if tail.isdigit() else default
+
+    return port(report.get("http_url"), before[0]), port(report.get("grpc_url"), before[1])
+
+
+def check_ports(config: Config) -> None:
+    """Fail early if a front door's port is taken.
+
+    Raises:
+        StartFailed: names the port and the flag that chooses another.
+    """
+    router = config.router
+    for flag, port in (("--port", router.port), ("--grpc-port", router.grpc_port)):
+        family = socket.AF_INET6 if ":" in router.host else socket.AF_INET
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((router.host, port))
+            except OSError as error:
+                raise StartFailed(f"can not listen on {router.host}:{port} ({error.strerror}); see {flag}") from error
+
+
+def _modules() -> Modules:
+    chosen = dict(item.split("=", 1) for item in os.environ.get(MODULES_ENV, "").split(",") if item)
+    return Modules(**chosen)
+
+
+def _build(request: Request, console: Console) -> Supervisor:
+    start_up = StartUp(request.began)
+    config = load_config(request.config_file, request.settings)
+    check_ports(config)
+    secret = _take_secret(config)
+    model = topology.resolve_model(config)
+    workers = topology.plan_workers(config, sorted(os.sched_getaffinity(0)))
+    local = LocalLauncher(request.run.logs)
+    launcher: Launcher = local
+    start_up.mark("configuration")
+    return Supervisor(config, model, workers, launcher, local, console, request.run, secret, _modules(), start_up)
+
+
+def _take_secret(config: Config) -> bytes:
+    try:
+        secret = auth.load_secret(config.cluster.secret_file)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cluster.secret_file: {error}") from error
+    os.environ.pop(auth.SECRET_ENV, None)  # children are told through their stdin
+    return secret
+
+
+async def _serve(request: Request, console: Console) -> None:
+    await _build(request, console).run()
+
+
+def _read_request() -> Request:
+    asked = json.loads(sys.stdin.buffer.readline())
+    return Request(
+        asked["config_file"], asked["settings"], asked["log_format"], RunDir(Path(asked["run_dir"])), asked["began"]
+    )
+
+
+def main() -> int:
+    """Serve; the exit status."""
+    guardian_pid = os.getppid()
+    process_tree.adopt_orphans()
+    request = _read_request()
+    me = process_tree.identify(os.getpid())
+    assert me is not None
+    request.run.write_state(supervisor=[me.pid, me.start_ticks])
+    console = Console(choose_style(request.log_format, sys.stderr))
+    status = 0
+    try:
+        asyncio.run(_serve(request, console))
+    except ConfigError as error:
+        console.show(f"baton: {error}")
+        status = guardian.EXIT_USAGE
+    except StartFailed as error:
+        console.show(f"baton: {error}")
+        status = guardian.EXIT_FAILED
+    if os.getppid() != guardian_pid:
+        guardian.clean_up_instead(request.run)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,229 @@
+"""From the configuration to what must be started: workers, their places, and each process's specification."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from baton import specs
+from baton.config import DEMO_MODEL_DIR, DEMO_MODEL_NAME, Config, ConfigError
+from cluster.host import ProcessOrder
+from cluster.run_dir import RunDir
+from cluster.unit import Place, UnitOrder
+
+_HUB_ID: Final = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_FILES: Final = ("*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model")
+SIM_MODEL_NAME: Final = "baton-sim"
+ROUTER: Final = "router"
+FRONT: Final = "front"
+
+
+@dataclass(frozen=True, slots=True)
+class Modules:
+    """What is run (`python -m`): a worker's package with "rank" or "front", and the router."""
+
+    prefill: str = "prefill_worker"
+    decode: str = "decode_worker"
+    router: str = "router"
+
+    def worker(self, role: str) -> str:
+        """The package of a role; a mixed worker is a decode worker that also prefills for itself."""
+        return self.prefill if role == "prefill" else self.decode
+
+
+@dataclass(frozen=True, slots=True)
+class ModelChoice:
+    """The model to serve; `path` is "" for the simulated engine."""
+
+    path: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerPlan:
+    """One worker, whatever its incarnation."""
+
+    worker_id: str
+    role: str
+    tp_size: int
+    cores: tuple[tuple[int, ...], ...]
+    """Per rank; empty tuples: not pinned."""
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """One start of one worker: what differs between incarnations."""
+
+    incarnation: str
+    worker_dir: Path
+
+
+def plan_workers(config: Config, available_cores: Sequence[int]) -> tuple[WorkerPlan, ...]:
+    """All workers: prefill-0.., decode-0.., mixed-0..; every rank has cores of its own if there are enough, or none."""
+    topology = config.topology
+    counts = {"prefill": topology.prefill, "decode": topology.decode, "mixed": topology.mixed}
+    if topology.mixed:  # `--mixed 2` means two workers, not two more than by default
+        counts = {role: n for role, n in counts.items() if role in topology.model_fields_set}
+    prefill_tp = topology.tp if topology.prefill_tp is None else topology.prefill_tp
+    workers = [
+        (f"{role}-{index}", role, prefill_tp if role == "prefill" else topology.tp)
+        for role, count in counts.items()
+        for index in range(count)
+    ]
+    cores = _share_cores(available_cores, sum(tp for _, _, tp in workers), config.engine.threads_per_rank)
+    plans = []
+    for worker_id, role, tp_size in workers:
+        plans.append(WorkerPlan(worker_id, role, tp_size, tuple(cores[:tp_size])))
+        cores = cores[tp_size:]
+    return tuple(plans)
+
+
+def _share_cores(available: Sequence[int], num_ranks: int, threads: int) -> list[tuple[int, ...]]:
+    if num_ranks * threads > len(available):
+        return [()] * num_ranks
+    return [tuple(available[rank * threads : (rank + 1) * threads]) for rank in range(num_ranks)]
+
+
+def resolve_model(config: Config) -> ModelChoice:
+    """Find the model, downloading it if it is named by a hub id.
+
+    Raises:
+        ConfigError: it is not there or can not be had; names the path.
+    """
+    wanted, name = config.model.path, config.model.served_model_name
+    if config.engine.kind == "sim":
+        return ModelChoice("", name or wanted or SIM_MODEL_NAME)
+    if wanted is None:
+        return ModelChoice(_model_dir(DEMO_MODEL_DIR), name or DEMO_MODEL_NAME)
+    path = Path(wanted).expanduser()
+    if path.exists():
+        return ModelChoice(_model_dir(path), name or path.resolve().name)
+    if _HUB_ID.fullmatch(wanted) and not wanted.startswith("."):
+        return ModelChoice(_download(wanted), name or wanted)
+    raise ConfigError(f"model.path: {wanted}: no such directory")
+
+
+def _model_dir(path: Path) -> str:
+    if not (path / "config.json").is_file():
+        raise ConfigError(f"model.path: {path}: not a model directory (it has no config.json)")
+    return str(path.resolve())
+
+
+def _download(hub_id: str) -> str:
+    try:
+        from huggingface_hub import snapshot_download  # optional, and slow to import
+    except ImportError:
+        raise ConfigError(
+            f"model.path: {hub_id}: no such directory, and downloading from the hub needs `pip install huggingface_hub`"
+        ) from None
+    try:
+        return str(snapshot_download(hub_id, allow_patterns=list(_HUB_FILES)))
+    except Exception as error:  # the hub client raises errors of several libraries
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(f"model.path: {hub_id}: no such directory, and the hub download failed: {reason}") from error
+
+
+def worker_order(
+    config: Config, plan: WorkerPlan, start: Start, model: ModelChoice, secret: bytes, modules: Modules
+) -> UnitOrder:
+    """Everything that starts one incarnation of a worker: one place per rank, the front beside rank 0."""
+    ranks = [_rank(config, plan, rank, start, model, secret, modules) for rank in range(plan.tp_size)]
+    front = ProcessOrder(
+        name=FRONT,
+        command=(modules.worker(plan.role), "front"),
+        spec=specs.to_json(
+            specs.FrontSpec(
+                worker_id=plan.worker_id,
+                incarnation=start.incarnation,
+                role=plan.role,
+                tp_size=plan.tp_size,
+                worker_dir=str(start.worker_dir),
+                secret=specs.encode_secret(secret),
+                log_level=config.log_level,
+            )
+        ),
+        log_file=f"{plan.worker_id}-front.log",
+    )
+    cpus = float(config.engine.threads_per_rank)
+    places = [Place((ranks[0], front), cpus), *(Place((rank,), cpus) for rank in ranks[1:])]
+    return UnitOrder(plan.worker_id, tuple(places), "ready", str(start.worker_dir))
+
+
+def _rank(
+    config: Config, plan: WorkerPlan, tp_rank: int, start: Start, model: ModelChoice, secret: bytes, modules: Modules
+) -> ProcessOrder:
+    engine = config.engine
+    spec = specs.RankSpec(
+        worker_id=plan.worker_id,
+        incarnation=start.incarnation,
+        role=plan.role,
+        tp_rank=tp_rank,
+        tp_size=plan.tp_size,
+        worker_dir=str(start.worker_dir),
+        secret=specs.encode_secret(secret),
+        model=specs.ModelSpec(
+            kind=engine.kind,
+            path=model.path,
+            dtype=config.model.dtype,
+            max_model_len=config.model.max_model_len,
+            load_format=config.model.load_format,
+            sim=config.sim.model_dump() if engine.kind == "sim" else {},
+        ),
+        block_size=engine.block_size,
+        kv_cache_bytes=engine.kv_cache_bytes,
+        max_num_seqs=engine.max_num_seqs,
+        max_num_batched_tokens=engine.max_num_batched_tokens,
+        enable_prefix_caching=engine.enable_prefix_caching,
+        threads=engine.threads_per_rank,
+        cores=plan.cores[tp_rank],
+        transports=config.transfer.transports,
+        credit_bytes=config.transfer.credit_bytes,
+        lease_s=config.transfer.lease_s,
+        log_level=config.log_level,
+    )
+    name = f"rank {tp_rank}"
+    log_file = f"{plan.worker_id}-rank{tp_rank}.log"
+    return ProcessOrder(
+        name, (modules.worker(plan.role), "rank"), specs.to_json(spec), log_file, engine.threads_per_rank
+    )
+
+
+def router_order(
+    config: Config,
+    model: ModelChoice,
+    secret: bytes,
+    modules: Modules,
+    *,
+    ports: tuple[int, int],
+    status: dict[str, Any],
+) -> UnitOrder:
+    """The router, on these (HTTP, gRPC) ports."""
+    router = config.router
+    spec = specs.RouterSpec(
+        router_id=f"{ROUTER}-0",
+        secret=specs.encode_secret(secret),
+        model_dir=model.path,
+        served_model_name=model.name,
+        host=router.host,
+        port=ports[0],
+        grpc_port=ports[1],
+        api_key_file=None if router.api_key_file is None else str(Path(router.api_key_file).expanduser().resolve()),
+        max_concurrent_requests=router.max_concurrent_requests,
+        max_body_bytes=router.max_body_bytes,
+        request_timeout_s=router.request_timeout_s,
+        max_attempts=router.max_attempts,
+        local_prefill_max_tokens=router.local_prefill_max_tokens,
+        trace_capacity=router.trace_capacity,
+        status=status,
+        log_level=config.log_level,
+    )
+    process = ProcessOrder(ROUTER, (modules.router,), specs.to_json(spec), "router.log")
+    return UnitOrder(ROUTER, (Place((process,)),), "listening")
+
+
+def worker_start(run: RunDir, worker_id: str, incarnation: str) -> Start:
+    """The incarnation's own directory."""
+    return Start(incarnation, run.worker_dir(worker_id, incarnation))

@@ -15,7 +15,7 @@ from engine.comm import Comm, SingleComm
 from engine.kv_pool import TORCH_DTYPES, MemfdPool
 from engine.layers.linear import TorchLinears
 from engine.model_config import ModelConfig, ModelUnsupported, read_model_config
-from engine.models.decoder import Decoder, optional_tensors, tensor_shapes
+from engine.models.decoder import Decoder, check_split, optional_tensors, tensor_shapes
 from engine.plan_codec import decode_plan, encode_plan
 from engine.sampler import NonFiniteLogits, sample
 from engine.types import BatchEntry, Sampled, StepHook, StepPlan
@@ -38,8 +38,7 @@ class StepFailed(RuntimeError):
 class NativeRunner:
     """One rank of one model replica. Its engine thread calls everything; `kv_buffer` may be used by any thread.
 
-    The leader (rank 0) calls `run`; each follower calls `follow` and stays in it until the leader closes. A failure
-    in the middle of a step ends the whole group: its ranks no longer agree on where they are.
+    A failure in the middle of a step ends the whole group: its ranks no longer agree on where they are.
     """
 
     def __init__(
@@ -77,6 +76,7 @@ class NativeRunner:
         dtype = self.config.dtype if dtype == "auto" else dtype
         if dtype not in TORCH_DTYPES:
             raise ModelUnsupported(f"dtype must be one of {sorted(TORCH_DTYPES)}, not {dtype!r}")
+        check_split(self.config, self._comm.size)
 
         digest = _agreed_fingerprint(self._comm, model_dir, self.config, dtype, load_format)
         spec = LayerSpec(self.config.num_kv_heads, self.config.head_dim)
@@ -101,39 +101,37 @@ class NativeRunner:
         return self._pool.fd()
 
     def run(self, plan: StepPlan, hook: StepHook | None = None) -> list[Sampled | None]:
-        """See Runner. Leader only: followers are told, and compute their part in `follow`.
+        """See Runner. Collective: every rank runs the same plans in the same order.
 
         Raises:
             ValueError: the plan can not be run on this pool and model; nothing was computed.
-            StepFailed: logits are not finite; no token was chosen.
-            PeerLost: a follower is gone.
+            StepFailed: leader: logits are not finite; no token was chosen.
+            PeerLost: another rank is gone.
         """
-        assert self._comm.rank == 0, "followers run plans in follow()"
         if not plan.entries:
             return []
         self._check(plan)
         try:
-            if self._comm.size > 1:
-                self._comm.send(encode_plan(plan, for_followers=True))
             logits = self._compute(plan, hook)
         except BaseException:
-            if self._comm.size > 1:
-                self._comm.close()
+            self._comm.close()  # in the middle of a step: the other ranks must not wait for this one
             raise
         return self._sampled(plan, logits)
 
+    def run_all(self, plan: StepPlan, hook: StepHook | None = None) -> list[Sampled | None]:
+        """Leader: `run` here and on every follower, all of which are in `follow`. Raises as `run` does."""
+        self._check(plan)
+        self._comm.send(encode_plan(plan, for_followers=True))
+        return self.run(plan, hook)
+
     def follow(self, hook: StepHook | None = None) -> None:
-        """Follower: compute the leader's plans until it closes. Sampling specs are not sent to followers.
+        """Follower: run the plans of the leader's `run_all` until it closes. Idle waiting costs no CPU.
 
         Raises:
             PeerLost: the leader, or another follower, died.
         """
-        try:
-            while (message := self._comm.receive()) is not None:
-                self._compute(decode_plan(message), hook)
-        except BaseException:
-            self._comm.close()
-            raise
+        while (message := self._comm.receive()) is not None:
+            self.run(decode_plan(message), hook)
 
     def close(self) -> None:
         """See Runner. On the leader this ends every follower's `follow`."""

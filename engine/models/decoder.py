@@ -67,6 +67,17 @@ def optional_tensors(config: ModelConfig) -> frozenset[str]:
     return frozenset({_HEAD}) if config.tie_word_embeddings else frozenset()
 
 
+def check_split(config: ModelConfig, tp_size: int) -> None:
+    """Raises ModelUnsupported if the model can not be split over `tp_size` ranks."""
+    for count, what in ((config.num_heads, "attention heads"), (config.intermediate_size, "MLP columns")):
+        if count % tp_size:
+            raise ModelUnsupported(f"{count} {what} can not be split over {tp_size} ranks")
+    try:
+        kv_head_range(config.num_kv_heads, tp_size, 0)
+    except ValueError as error:
+        raise ModelUnsupported(str(error)) from error
+
+
 @dataclass(frozen=True, slots=True)
 class _Layer:
     input_norm: Tensor
@@ -92,11 +103,7 @@ class Decoder:
         linears: LinearBackend,
         device: torch.device | None = None,
     ) -> None:
-        """Copy this rank's slices out of `weights`, converted to `dtype`.
-
-        Raises:
-            ModelUnsupported: the model can not be split over `comm.size` ranks.
-        """
+        """Copy this rank's slices out of `weights`, converted to `dtype`. `check_split` has passed."""
         self._config = config
         self._comm = comm
         self._dtype = dtype
@@ -182,16 +189,10 @@ class _ShardLoader:
         device: torch.device | None,
     ) -> None:
         rank, size = comm.rank, comm.size
-        for name, count in (("attention heads", config.num_heads), ("MLP columns", config.intermediate_size)):
-            if count % size:
-                raise ModelUnsupported(f"{count} {name} can not be split over {size} ranks")
         self._config, self._weights, self._dtype = config, weights, dtype
         self._linears, self._device, self._rank, self._size = linears, device, rank, size
         self.heads = _even_run(config.num_heads, rank, size)
-        try:
-            self.kv_heads = kv_head_range(config.num_kv_heads, size, rank)
-        except ValueError as error:
-            raise ModelUnsupported(str(error)) from error
+        self.kv_heads = kv_head_range(config.num_kv_heads, size, rank)
 
     def layer(self, index: int) -> _Layer:
         prefix = f"model.layers.{index}."

@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
+
+disable_progress_bar()
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 VOCAB_SIZE = 300
@@ -53,8 +56,10 @@ def _fill(name: str, values: torch.Tensor, family: str) -> None:
 
 
 def load_reference(directory: Path) -> PreTrainedModel:
-    """transformers' model of a directory, in the dtype of its weights."""
-    return AutoModelForCausalLM.from_pretrained(directory, dtype="auto").eval()
+    """transformers' model of a directory, in the dtype of its weights. Its `generate` never stops early."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto").eval()
+    model.generation_config.eos_token_id = None
+    return model
 
 
 def reference_greedy(model: PreTrainedModel, prompt: list[int], num_tokens: int) -> list[int]:
@@ -65,8 +70,6 @@ def reference_greedy(model: PreTrainedModel, prompt: list[int], num_tokens: int)
         attention_mask=torch.ones_like(tokens),
         do_sample=False,
         max_new_tokens=num_tokens,
-        min_new_tokens=num_tokens,
-        eos_token_id=-1,
         pad_token_id=0,
     )
     return out[0, len(prompt) :].tolist()

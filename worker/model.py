@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from baton.kv_layout import KVGeometry, KVLayout, ModelKV
+from baton.kv_layout import KVGeometry, KVLayout, LayerSpec, ModelKV
 from baton.specs import RankSpec
 from engine.types import Runner
+
+if TYPE_CHECKING:
+    from engine.comm import Comm  # brings torch, which the simulated engine does without
 
 _DEFAULT_POOL_BYTES = 2**30
 _DEFAULT_POOL_CONTEXTS = 64
@@ -40,3 +44,63 @@ def num_blocks(spec: RankSpec, model: ModelKV, max_model_len: int) -> int:
             f"of {max_model_len} tokens needs {blocks_per_context + 1}; raise it or lower --max-model-len"
         )
     return count
+
+
+def load_model(spec: RankSpec) -> LoadedModel:
+    """Load this rank's part of the model and take its KV pool. Collective over the worker's ranks.
+
+    Raises:
+        ValueError: the model, the dtype or a size can not be used; the message says which and why.
+        OSError: files are missing.
+    """
+    return _load_sim(spec) if spec.model.kind == "sim" else _load_native(spec)
+
+
+def _load_native(spec: RankSpec) -> LoadedModel:
+    from engine.model_config import read_model_config
+    from engine.native import NativeRunner
+
+    config = read_model_config(spec.model.path)
+    dtype = config.dtype if spec.model.dtype == "auto" else spec.model.dtype
+    max_model_len = _context(spec.model.max_model_len, config.max_position_embeddings)
+    layers = (LayerSpec(config.num_kv_heads, config.head_dim),) * config.num_layers
+    runner = NativeRunner(
+        spec.model.path,
+        dtype=dtype,
+        comm=_open_comm(spec),
+        block_size=spec.block_size,
+        num_blocks=num_blocks(spec, ModelKV(layers, dtype, ""), max_model_len),
+        load_format=spec.model.load_format,
+        num_threads=spec.threads,
+    )
+    return LoadedModel(runner, max_model_len, config.vocab_size, config.eos_token_ids)
+
+
+def _open_comm(spec: RankSpec) -> Comm:
+    from engine.comm import ShmComm, SingleComm
+
+    if spec.tp_size == 1:
+        return SingleComm()
+    return ShmComm(f"{spec.worker_dir}/tp.sock", rank=spec.tp_rank, size=spec.tp_size)
+
+
+def _context(asked: int | None, possible: int) -> int:
+    if asked is not None and asked > possible:
+        raise ValueError(f"--max-model-len {asked} is more than the model's {possible} positions")
+    return asked or possible
+
+
+_SIM_CONTEXT = 32768
+
+
+def _load_sim(spec: RankSpec) -> LoadedModel:
+    from engine.sim import CostModel, SimRunner, sim_model
+
+    settings = dict(spec.model.sim)
+    vocab_size, verify_all = settings.pop("vocab_size"), settings.pop("verify_all")
+    model = sim_model()
+    max_model_len = _context(spec.model.max_model_len, _SIM_CONTEXT)
+    geometry = KVGeometry(spec.tp_size, spec.block_size, num_blocks(spec, model, max_model_len))
+    layout = KVLayout(model, geometry, spec.tp_rank)
+    runner = SimRunner(layout, vocab_size, cost=CostModel(**settings), verify_all=verify_all)
+    return LoadedModel(runner, max_model_len, vocab_size, ())

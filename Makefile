@@ -1,0 +1,58 @@
+# Targets never change name. Two that matter: `make serve` runs Baton, `make test` proves it.
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+BIN := $(VENV)/bin
+PROTO_VENV := .venv-protos
+PIP := -q --disable-pip-version-check
+
+.PHONY: setup serve fmt check check-protos test protos lines clean
+
+serve: $(VENV)/.runtime            ## create the environment, install, serve the demo model (ARGS="..." goes to `baton serve`)
+	@exec $(BIN)/baton serve $(ARGS)
+
+test: $(VENV)/.dev                 ## unit, contract, integration and Ray tests
+	$(BIN)/python -m pytest $(ARGS)
+
+setup: $(VENV)/.dev                ## everything a developer needs
+
+fmt: $(VENV)/.dev
+	$(BIN)/ruff check -q --fix . || true
+	$(BIN)/ruff format -q .
+
+check: $(VENV)/.dev check-protos   ## lint, format, types, import directions, stubs up to date
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+protos: $(PROTO_VENV)/.done        ## regenerate the committed stubs
+	protos/generate.sh $(PROTO_VENV)/bin/python
+
+check-protos: $(PROTO_VENV)/.done
+	@out=$$(mktemp -d) && trap 'rm -rf "$$out"' EXIT && protos/generate.sh $(PROTO_VENV)/bin/python "$$out" && \
+	for file in protos/*_pb2*; do \
+	  cmp -s "$$file" "$$out/$$file" || { echo "$$file is not what its .proto generates: run make protos"; exit 1; }; \
+	done
+
+lines: ## sizes per file, largest first
+	@git ls-files '*.py' | grep -v _pb2 | xargs wc -l | sort -rn | head -60
+
+clean:
+	rm -rf $(VENV) $(PROTO_VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.runtime: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/pip install $(PIP) -e .
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/pip install $(PIP) -e '.[dev]'
+	@touch $@ $(VENV)/.runtime
+
+$(PROTO_VENV)/.done: Makefile
+	$(PYTHON) -m venv $(PROTO_VENV)
+	$(PROTO_VENV)/bin/pip install $(PIP) 'grpcio-tools==1.76.0' 'setuptools<81'
+	@touch $@

@@ -161,7 +161,7 @@ class Pair:
             worker.runner.close()
 
 
-@pytest.fixture()
+@pytest.fixture
 def pair() -> Any:
     pair = Pair()
     yield pair

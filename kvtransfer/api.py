@@ -8,7 +8,7 @@ received; the engine thread owns the block ledger. They exchange messages: metho
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NewType, Protocol, TypeAlias
 
 from baton.kv_layout import KVLayout
@@ -130,7 +130,10 @@ TransferEvent: TypeAlias = (
 
 @dataclass(frozen=True, slots=True)
 class EndpointStats:
-    """Counters since start, and what is open now. All open_* are 0 after quiescence."""
+    """Counters since start, and what is open now.
+
+    After quiescence `open_sends` and `open_receives` are 0; links stay for the next transfer until `close`.
+    """
 
     open_sends: int
     open_receives: int
@@ -212,7 +215,7 @@ class EndpointConfig:
     worker_id: str
     incarnation: str
     layout: KVLayout
-    secret: bytes
+    secret: bytes = field(repr=False)
     host: str = "127.0.0.1"
     port: int = 0
     unix_dir: str = ""

@@ -1,0 +1,192 @@
+"""One connection from its first byte: the handshake, then a link in one role. Knows transports, not transfers."""
+
+from __future__ import annotations
+
+import enum
+import os
+import socket
+from dataclasses import dataclass, field
+from typing import Final, Protocol
+
+from kvtransfer.api import PeerRank
+from kvtransfer.auth import Acceptor, Connector, LinkKey, Refusal, RefusalCode, Session
+from kvtransfer.link import Link, OutgoingFrame
+from kvtransfer.messages import Goodbye, Hello, Message, ProtocolError, code_of, is_handshake
+from kvtransfer.plan import FRAME_BYTES
+from kvtransfer.receiving import Landing
+from kvtransfer.transports import shm
+
+HANDSHAKE_S: Final = 2.0
+"""How long a connection may take to be made, and a peer to authenticate."""
+
+
+class Role(enum.StrEnum):
+    """What this rank does on a connection."""
+
+    SENDER = "sender"
+    RECEIVER = "receiver"
+
+
+class PeerRefused(Exception):
+    """The peer said Goodbye."""
+
+    def __init__(self, code: str, reason: str) -> None:
+        super().__init__(f"{code}: {reason}")
+        self.code = code
+        self.reason = reason
+
+
+@dataclass(slots=True)
+class Dialling:
+    """Sender: whom to reach, and by which transports it may still be tried."""
+
+    key: LinkKey
+    peer: PeerRank
+    transports: list[str]
+    problems: list[str] = field(default_factory=list)
+    """Why earlier transports did not work."""
+
+
+class ConnectionOwner(Protocol):
+    """What a connection calls, on the transfer thread."""
+
+    def opened(self, connection: Connection) -> None:
+        """The handshake succeeded: `session` is set."""
+
+    def begin(self, connection: Connection, message: Message, payload_bytes: int) -> list[memoryview] | None:
+        """A message came; where does its payload go?"""
+
+    def end(self, connection: Connection, message: Message) -> None:
+        """The message is complete."""
+
+    def pull(self, connection: Connection) -> OutgoingFrame | None:
+        """The next data frame."""
+
+
+class Connection:
+    """A socket, its link and what is known of the peer. One thread.
+
+    The handshake object tells the role: a Connector sends KV, an Acceptor receives it.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        transport: str,
+        handshake: Connector | Acceptor,
+        owner: ConnectionOwner,
+        deadline_s: float,
+        max_control_bytes: int,
+        *,
+        pool_fd: int | None = None,
+        dialling: Dialling | None = None,
+    ) -> None:
+        self.transport: Final = transport
+        self.role: Final = Role.SENDER if isinstance(handshake, Connector) else Role.RECEIVER
+        self.dialling: Final = dialling
+        self.deadline_s: Final = deadline_s
+        """When the handshake must be done."""
+        self.session: Session | None = None
+        self.landing: Landing | None = None
+        """Receiver: where the payload that is being read belongs."""
+        self.mapped: shm.MappedPool | None = None
+        """Receiver on shared memory: the sender's pool."""
+        self.is_connecting = isinstance(handshake, Connector)
+        self.is_closed = False
+        self.link: Final = Link(sock, self._begin, self._end, self._pull, max_control_bytes)
+        self._sock = sock
+        self._handshake = handshake
+        self._owner = owner
+        self._pool_fd = pool_fd
+        self._claimed: Hello | None = None
+        if self.role is Role.RECEIVER and transport == shm.NAME:
+            self.link.expect_fd()
+
+    @property
+    def is_fetched(self) -> bool:
+        """Does the receiver fetch the bytes from the sender's pool?"""
+        return self.transport == shm.NAME
+
+    @property
+    def key(self) -> LinkKey:
+        """The peer; authenticated."""
+        assert self.session is not None
+        return self.session.peer
+
+    def __str__(self) -> str:
+        if self.session is not None:
+            return f"{self.session.peer} over {self.transport}"
+        if self.dialling is not None:
+            return f"{self.dialling.key} over {self.transport}"
+        if self._claimed is not None:
+            return f"unauthenticated {self._claimed.worker_id!r} over {self.transport}"
+        return f"unauthenticated peer over {self.transport}"
+
+    def connected(self) -> None:
+        """Sender: the socket is writable for the first time. Says Hello.
+
+        Raises:
+            OSError: the connection was not made.
+        """
+        code = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if code:
+            raise OSError(code, os.strerror(code))
+        self.is_connecting = False
+        assert isinstance(self._handshake, Connector)
+        self.link.post(self._handshake.hello)
+
+    def close(self) -> None:
+        """Close the socket and unmap the peer's pool. Idempotent."""
+        if self.is_closed:
+            return
+        self.is_closed = True
+        self.landing = None
+        self.link.close()
+        if self.mapped is not None:
+            self.mapped.close()
+
+    def _pull(self) -> OutgoingFrame | None:
+        return None if self.session is None else self._owner.pull(self)
+
+    def _begin(self, message: Message, payload_bytes: int) -> list[memoryview] | None:
+        return None if self.session is None else self._owner.begin(self, message, payload_bytes)
+
+    def _end(self, message: Message) -> None:
+        if isinstance(message, Goodbye):
+            raise PeerRefused(message.code, message.reason)
+        if self.session is None:
+            self._shake(message)
+        elif is_handshake(code_of(message)):
+            raise ProtocolError("the handshake is over")
+        else:
+            self._owner.end(self, message)
+
+    def _shake(self, message: Message) -> None:
+        handshake = self._handshake
+        if isinstance(message, Hello):
+            self._claimed = message
+        reply = handshake.receive(message)
+        session = handshake.session
+        if isinstance(handshake, Acceptor) and session is not None and self.is_fetched:
+            self._map(session)
+        if reply is not None and isinstance(handshake, Connector) and self.is_fetched:
+            assert self._pool_fd is not None
+            self.link.post_with_fd(reply, self._pool_fd)
+        elif reply is not None:
+            self.link.post(reply)
+        if session is not None:
+            limit = 0 if self.is_fetched else max(FRAME_BYTES, session.plan.max_unit_bytes)
+            self.link.open(session.send_key, session.receive_key, limit)
+            self.session = session
+            self._owner.opened(self)
+
+    def _map(self, session: Session) -> None:
+        fd = self.link.take_fd()
+        if fd is None:
+            raise Refusal(RefusalCode.TRANSPORT, "no pool was passed")
+        try:
+            self.mapped = shm.MappedPool(fd, session.plan.source)
+        except shm.UnusablePool as error:
+            raise Refusal(RefusalCode.TRANSPORT, str(error)) from error
+        finally:
+            os.close(fd)

@@ -1,0 +1,236 @@
+"""A rank's end of all its transfers, as the engine thread sees it. Knows no sockets."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import queue
+import threading
+from collections.abc import Callable, Sequence
+
+from baton.clock import Clock, SystemClock
+from baton.kv_layout import UNIT_TOKENS
+from kvtransfer.api import (
+    EndpointConfig,
+    EndpointStats,
+    PeerRank,
+    SendRequest,
+    TransferEndpoint,
+    TransferEvent,
+    TransferId,
+)
+from kvtransfer.faults import FaultHook
+from kvtransfer.messages import TRANSFER_ID_BYTES
+from kvtransfer.pool import Pool
+from kvtransfer.thread import Listener, TransferThread
+from kvtransfer.transports import local, shm, tcp
+
+log = logging.getLogger("kvtransfer")
+
+_CLOSE_S = 2.0
+_BODY_OVERHEAD_BYTES = 64
+
+
+class Endpoint:
+    """The TransferEndpoint over sockets and shared memory. Engine thread only, but for `stats`.
+
+    Owns its thread, listeners and connections until `close`; the pool's memory stays the caller's.
+    """
+
+    def __init__(
+        self,
+        config: EndpointConfig,
+        kv_buffer: memoryview,
+        kv_fd: int | None = None,
+        *,
+        clock: Clock | None = None,
+        faults: FaultHook | None = None,
+    ) -> None:
+        """Listen and start the thread.
+
+        Raises:
+            ValueError: the configuration can not work.
+            OSError: an address can not be listened on.
+        """
+        _check(config)
+        self._config = config
+        self._unix_path = ""
+        pool = Pool(config.layout, kv_buffer)
+        listeners: dict[str, Listener] = {}
+        try:
+            self._address = self._listen(listeners)
+            shared_fd = _shareable(config, kv_fd)
+            self._thread = TransferThread(config, pool, shared_fd, listeners, clock or SystemClock(), faults)
+        except BaseException:
+            for listener in listeners.values():
+                listener.close()
+            self._unlink()
+            raise
+        self._runner = threading.Thread(
+            target=self._thread.run, name=f"kvtransfer-{config.worker_id}-{config.layout.tp_rank}", daemon=True
+        )
+        self._runner.start()
+
+    def _listen(self, listeners: dict[str, Listener]) -> PeerRank:
+        config = self._config
+        rank, host, port = config.layout.tp_rank, config.host, 0
+        if tcp.NAME in config.transports:
+            sock = listeners[tcp.NAME] = tcp.listen(config.host, config.port)
+            port = sock.getsockname()[1]
+        if local.NAME in config.transports:
+            listener = listeners[local.NAME] = local.LocalListener()
+            host, port = local.HOST, listener.port
+        if shm.NAME in config.transports and config.unix_dir:
+            listeners[shm.NAME], self._unix_path = shm.listen(config.unix_dir, rank)
+        return PeerRank(rank, host, port, self._unix_path)
+
+    @property
+    def address(self) -> PeerRank:
+        """Where peers reach this rank. `host` is the configured one: replace a wildcard before publishing it."""
+        return self._address
+
+    def open_send(self, request: SendRequest) -> None:
+        """Make a transfer known; see TransferEndpoint.
+
+        Raises:
+            ValueError: the request contradicts this rank's pool.
+        """
+        self._check_id(request.transfer_id)
+        self._check_table(request.block_table, request.num_tokens)
+        self._check_payload(request.reserve_payload)
+        self._thread.post(self._thread.now_do, self._thread.send.open, request)
+
+    def written(self, transfer_id: TransferId, layer: int, num_tokens: int) -> None:
+        """KV of `layer` for tokens [0, num_tokens) is in the pool."""
+        if not 0 <= layer < len(self._config.layout.model.layers):
+            raise ValueError(f"no layer {layer}")
+        self._thread.post(self._thread.send.written, transfer_id, layer, num_tokens)
+
+    def finish(self, transfer_id: TransferId, manifest: bytes) -> None:
+        """Leader: all tokens are computed; tell the receiving leader."""
+        self._check_payload(manifest)
+        self._thread.post(self._thread.send.finish, transfer_id, manifest)
+
+    def close_send(self, transfer_id: TransferId) -> None:
+        """The transfer is complete: forget it on this rank."""
+        self._thread.post(self._thread.now_do, self._thread.send.close, transfer_id)
+
+    def grant(self, transfer_id: TransferId, block_table: Sequence[int], num_tokens: int, first_token: int) -> None:
+        """Let the peer write tokens [first_token, num_tokens) into these blocks.
+
+        Raises:
+            ValueError: the grant contradicts this rank's pool.
+        """
+        self._check_id(transfer_id)
+        self._check_table(block_table, num_tokens)
+        if first_token % UNIT_TOKENS or not 0 <= first_token <= num_tokens:
+            raise ValueError(f"first_token {first_token} is not a multiple of {UNIT_TOKENS} in 0..{num_tokens}")
+        receive = self._thread.receive
+        self._thread.post(self._thread.now_do, receive.grant, transfer_id, tuple(block_table), num_tokens, first_token)
+
+    def refuse(self, transfer_id: TransferId, code: str, message: str) -> None:
+        """Receiving leader: no."""
+        self._thread.post(self._thread.now_do, self._thread.receive.refuse, transfer_id, code, message)
+
+    def complete(self, transfer_id: TransferId) -> None:
+        """Receiving leader: every rank has Received and the manifest is there."""
+        self._thread.post(self._thread.now_do, self._thread.receive.complete, transfer_id)
+
+    def close_receive(self, transfer_id: TransferId) -> None:
+        """Receiving follower: the leader completed; forget it."""
+        self._thread.post(self._thread.now_do, self._thread.receive.close, transfer_id)
+
+    def abort(self, transfer_id: TransferId, reason: str) -> None:
+        """End a transfer in any state, on either side; answered by one `Quiesced`."""
+        self._thread.post(self._thread.now_do, self._thread.abort, transfer_id, reason)
+
+    def poll(self) -> list[TransferEvent]:
+        """Events since the last call.
+
+        Raises:
+            RuntimeError: the transfer thread died of a defect; the process should end.
+        """
+        events: list[TransferEvent] = []
+        with contextlib.suppress(queue.Empty):
+            while True:
+                events.append(self._thread.events.get_nowait())
+        if not events and self._thread.failure is not None:
+            raise RuntimeError("the transfer thread died") from self._thread.failure
+        return events
+
+    def set_wakeup(self, wake: Callable[[], None]) -> None:
+        """`wake` is called from the transfer thread whenever `poll` would return something."""
+        self._thread.on_events = wake
+        if not self._thread.events.empty():
+            wake()
+
+    def stats(self) -> EndpointStats:
+        """A snapshot; callable from any thread."""
+        return self._thread.stats()
+
+    def close(self) -> None:
+        """End every transfer, close every socket and join the thread."""
+        if self._runner.is_alive():
+            self._thread.post(self._thread.close)
+            self._runner.join(_CLOSE_S)
+            if self._runner.is_alive():
+                log.error("the transfer thread did not end", extra={"worker_id": self._config.worker_id})
+        self._unlink()
+
+    def _unlink(self) -> None:
+        if self._unix_path:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._unix_path)
+
+    def _check_id(self, transfer_id: TransferId) -> None:
+        if len(transfer_id) != TRANSFER_ID_BYTES:
+            raise ValueError(f"a transfer id has {TRANSFER_ID_BYTES} bytes")
+
+    def _check_table(self, block_table: Sequence[int], num_tokens: int) -> None:
+        geometry = self._config.layout.geometry
+        if not 0 < num_tokens <= len(block_table) * geometry.block_size:
+            raise ValueError(f"{len(block_table)} blocks do not hold {num_tokens} tokens")
+        if not all(0 <= block < geometry.num_blocks for block in block_table):
+            raise ValueError(f"a block id is outside 0..{geometry.num_blocks - 1}")
+
+    def _check_payload(self, payload: bytes) -> None:
+        limit = self._config.max_control_bytes - _BODY_OVERHEAD_BYTES
+        if len(payload) > limit:
+            raise ValueError(f"a control payload may have {limit} bytes, this one has {len(payload)}")
+
+
+def make_endpoint(
+    config: EndpointConfig,
+    kv_buffer: memoryview,
+    kv_fd: int | None = None,
+    *,
+    clock: Clock | None = None,
+    faults: FaultHook | None = None,
+) -> TransferEndpoint:
+    """One rank's endpoint over its KV pool: `kv_buffer` in the canonical layout, `kv_fd` the memfd behind it.
+
+    Without `kv_fd` this rank can not send by shared memory. Raises as `Endpoint`.
+    """
+    return Endpoint(config, kv_buffer, kv_fd, clock=clock, faults=faults)
+
+
+def _check(config: EndpointConfig) -> None:
+    known = {tcp.NAME, shm.NAME, local.NAME}
+    if not config.transports or not set(config.transports) <= known:
+        raise ValueError(f"transports must be some of {sorted(known)}, not {config.transports}")
+    if not config.secret:
+        raise ValueError("the cluster secret is empty")
+    if not config.verify:
+        log.warning("KV digests are off on this rank", extra={"worker_id": config.worker_id})
+
+
+def _shareable(config: EndpointConfig, kv_fd: int | None) -> int | None:
+    """The pool's descriptor if it can be passed to peers."""
+    if kv_fd is None or shm.NAME not in config.transports:
+        return None
+    problem = shm.seal(kv_fd, config.layout.pool_bytes)
+    if problem is not None:
+        log.warning("the KV pool can not be shared: sending by shared memory is off", extra={"problem": problem})
+        return None
+    return kv_fd

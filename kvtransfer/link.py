@@ -1,0 +1,240 @@
+"""One framed connection: queues of messages and payloads on a non-blocking socket. Knows no transfers' states."""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import os
+import socket
+from collections import deque
+from collections.abc import Callable
+from typing import Final, NamedTuple
+
+from kvtransfer.api import TransferId
+from kvtransfer.frames import FrameReader, Tagger, encode_frame
+from kvtransfer.messages import Data, Message, ProtocolError
+
+_MAX_IOV: Final = 512
+"""Buffers per system call; the kernel's limit is 1024."""
+_TURN_BYTES: Final = 1024 * 1024
+"""Bytes that one link may move before the others get their turn."""
+_MAX_FDS: Final = 1
+
+
+class OutgoingFrame(NamedTuple):
+    """A data frame to write: the message, and its payload for a stream."""
+
+    message: Data
+    payload: list[memoryview]
+    num_bytes: int
+    """Bytes that the frame moves, on the stream or by shared memory."""
+
+
+class LinkClosed(Exception):
+    """The connection is gone."""
+
+
+class Link:
+    """Frames in and out of one socket. One thread.
+
+    `pull` is asked for data whenever no message waits, so messages overtake data between frames, and a frame is made
+    only when the socket can take it.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        begin: Callable[[Message, int], list[memoryview] | None],
+        end: Callable[[Message], None],
+        pull: Callable[[], OutgoingFrame | None],
+        max_control_bytes: int,
+    ) -> None:
+        sock.setblocking(False)
+        self._sock = sock
+        self._pull = pull
+        self._reader = FrameReader(begin, end, max_control_bytes)
+        self._tagger = Tagger()
+        self._messages: deque[bytes] = deque()
+        self._writing: list[memoryview] = []
+        self._written_transfer: TransferId | None = None
+        """Whose pool blocks `_writing` still points into."""
+        self._wants_fd = False
+        self._received_fds: list[int] = []
+        self.is_blocked = False
+        """The socket took no more: wait until it is writable."""
+        self.bytes_out = 0
+        self.bytes_in = 0
+
+    def fileno(self) -> int:
+        """For selectors."""
+        return self._sock.fileno()
+
+    # Handshake.
+
+    def expect_fd(self) -> None:
+        """The peer may pass one file descriptor during the handshake."""
+        self._wants_fd = True
+
+    def take_fd(self) -> int | None:
+        """The descriptor that the peer passed; the caller closes it."""
+        return self._received_fds.pop() if self._received_fds else None
+
+    def post_with_fd(self, message: Message, fd: int) -> None:
+        """Send a handshake message and a descriptor with its first byte."""
+        assert not self._writing
+        assert not self._messages
+        frame = encode_frame(message, self._tagger)
+        try:
+            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
+            sent = self._sock.sendmsg([frame], rights)
+        except OSError as error:
+            raise LinkClosed(_why(error)) from error
+        if sent < len(frame):
+            self._writing.append(memoryview(frame)[sent:])
+
+    def open(self, send_key: bytes, receive_key: bytes, max_payload_bytes: int) -> None:
+        """The handshake is done, and its last message posted: tag every frame from here on."""
+        self._tagger = Tagger(send_key)
+        self._reader.open(receive_key, max_payload_bytes)
+        self._wants_fd = False
+        self._close_fds()
+
+    # Out.
+
+    def post(self, message: Message) -> None:
+        """Queue a message; it goes out before any further data."""
+        self._messages.append(encode_frame(message, self._tagger))
+
+    @property
+    def wants_write(self) -> bool:
+        """Is something queued, apart from what `pull` would give?"""
+        return bool(self._writing or self._messages)
+
+    def write(self) -> bool:
+        """Write until the socket is full, nothing is left or the turn is over; True in the last case.
+
+        Raises:
+            LinkClosed: the peer is gone.
+        """
+        budget = _TURN_BYTES
+        self.is_blocked = False
+        while budget > 0:
+            if not self._writing:
+                budget -= self._next_frames()
+                if not self._writing:
+                    return False
+            try:
+                sent = self._sock.sendmsg(self._writing[:_MAX_IOV])
+            except BlockingIOError:
+                self.is_blocked = True
+                return False
+            except OSError as error:
+                raise LinkClosed(_why(error)) from error
+            self.bytes_out += sent
+            budget -= sent
+            _drop(self._writing, sent)
+        return True
+
+    def _next_frames(self) -> int:
+        """Fill `_writing`; returns the bytes that move outside the stream."""
+        self._written_transfer = None
+        if self._messages:
+            self._writing.append(memoryview(b"".join(self._messages)))
+            self._messages.clear()
+            return 0
+        frame = self._pull()
+        if frame is None:
+            return 0
+        payload_bytes = sum(len(view) for view in frame.payload)
+        self._writing.append(memoryview(encode_frame(frame.message, self._tagger, payload_bytes)))
+        self._writing += frame.payload
+        self._written_transfer = frame.message.transfer_id
+        return frame.num_bytes - payload_bytes
+
+    # In.
+
+    def read(self) -> None:
+        """Read until nothing is there or the turn is over; calls `begin` and `end` for what came.
+
+        Raises:
+            LinkClosed: the peer is gone.
+            ProtocolError: the stream can not be understood.
+        """
+        budget = _TURN_BYTES
+        while budget > 0:
+            buffers = self._reader.buffers()
+            try:
+                count = self._receive(buffers[:_MAX_IOV] if len(buffers) > _MAX_IOV else buffers)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                raise LinkClosed(_why(error)) from error
+            if not count:
+                raise LinkClosed("the peer closed the connection")
+            self.bytes_in += count
+            budget -= count
+            self._reader.filled(count)
+
+    def _receive(self, buffers: list[memoryview]) -> int:
+        if not self._wants_fd:
+            return self._sock.recv_into(buffers[0]) if len(buffers) == 1 else self._sock.recvmsg_into(buffers)[0]
+        space = socket.CMSG_SPACE(_MAX_FDS * array.array("i").itemsize)
+        count, ancillary, _, _ = self._sock.recvmsg_into(buffers, space, socket.MSG_CMSG_CLOEXEC)
+        for level, kind, data in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                fds = array.array("i")
+                fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
+                self._received_fds += fds
+        if len(self._received_fds) > _MAX_FDS:
+            raise ProtocolError("more than one file descriptor")
+        return count
+
+    # Ending.
+
+    def stop_io(self, transfer_id: TransferId) -> bool:
+        """Point into the transfer's pool blocks no more; frames under way end with private or scratch bytes.
+
+        True if a payload that was being read is dropped.
+        """
+        if self._written_transfer == transfer_id:
+            self._writing = [memoryview(b"".join(self._writing))] if self._writing else []
+            self._written_transfer = None
+        message = self._reader.message
+        if type(message) is Data and message.transfer_id == transfer_id:
+            self._reader.redirect()
+            return True
+        return False
+
+    def last_words(self, message: Message) -> None:
+        """Try to send one message before closing, without waiting."""
+        if self._writing:
+            return
+        with contextlib.suppress(OSError):
+            self._sock.send(encode_frame(message, self._tagger))
+
+    def close(self) -> None:
+        """Close the socket and drop every reference to pool memory. Idempotent."""
+        self._writing = []
+        self._messages.clear()
+        self._reader.redirect()
+        self._close_fds()
+        self._sock.close()
+
+    def _close_fds(self) -> None:
+        while self._received_fds:
+            os.close(self._received_fds.pop())
+
+
+def _drop(views: list[memoryview], num_bytes: int) -> None:
+    """Remove the first `num_bytes` bytes of a list of views."""
+    done = 0
+    while done < len(views) and num_bytes >= len(views[done]):
+        num_bytes -= len(views[done])
+        done += 1
+    del views[:done]
+    if num_bytes:
+        views[0] = views[0][num_bytes:]
+
+
+def _why(error: OSError) -> str:
+    return error.strerror or type(error).__name__

@@ -1,0 +1,442 @@
+"""The sending side of all transfers of one rank, as a pure state machine (see kvtransfer.protocol)."""
+
+from __future__ import annotations
+
+import struct
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from baton.errors import LayoutMismatch
+from baton.kv_layout import UNIT_TOKENS, ModelKV
+from kvtransfer.api import Completed, Failed, Granted, Quiesced, Refused, SendRequest, TransferEvent, TransferId
+from kvtransfer.auth import LinkKey
+from kvtransfer.liveness import LeaseTable
+from kvtransfer.messages import (
+    Abort,
+    AbortCode,
+    Accept,
+    Announce,
+    Complete,
+    Credit,
+    Data,
+    Grant,
+    Manifest,
+    Message,
+    Ping,
+    Pong,
+    ProtocolError,
+    Refuse,
+    Reserve,
+    TransferMessage,
+)
+from kvtransfer.plan import FRAME_BYTES, CopyPlan, Run, TableRuns, destination_ranks
+from kvtransfer.protocol import SEND_NEXT, Action, CloseLink, Connect, DataReady, Emit, Send, SendState, StopIO
+
+_NO_DIGEST = bytes(16)
+
+
+class Outgoing(NamedTuple):
+    """One frame of KV to send: its digest is still to be filled in."""
+
+    frame: Data
+    runs: list[Run]
+    """Source bytes, relative to the layer."""
+    num_bytes: int
+
+
+@dataclass(slots=True)
+class _Lane:
+    """One transfer's part on one link."""
+
+    plan: CopyPlan | None = None
+    runs: TableRuns | None = None
+    accepted: bool = False
+    window_bytes: int = 0
+    bytes_sent: int = 0
+    bytes_credited: int = 0
+    sent_tokens: list[int] = field(default_factory=list)
+    """Per layer: tokens [first_token, sent_tokens) have been handed out."""
+    ready: dict[int, None] = field(default_factory=dict)
+    """Layers with written tokens that are not sent, in the order in which they became so."""
+    is_queued: bool = False
+    """In the link's round of transfers that have something to send and credit to do so."""
+
+    @property
+    def credit_bytes(self) -> int:
+        return self.window_bytes - self.bytes_sent + self.bytes_credited
+
+
+@dataclass(slots=True)
+class _Transfer:
+    request: SendRequest
+    lanes: dict[LinkKey, _Lane]
+    written: list[int]
+    accept_by_s: float
+    state: SendState = SendState.OPENED
+    manifest: bytes | None = None
+    is_granted: bool = False
+    last_events: list[TransferEvent] = field(default_factory=list)
+    """Told to the engine once I/O has stopped."""
+
+    def sendable(self, layer: int) -> int:
+        """Tokens of the layer that may go out: whole units, and the last partial unit once all is written."""
+        written = self.written[layer]
+        return written if written == self.request.num_tokens else written - written % UNIT_TOKENS
+
+
+@dataclass(slots=True)
+class _Link:
+    plan: CopyPlan | None = None
+    """None: not up yet."""
+    lanes: dict[TransferId, _Lane] = field(default_factory=dict)
+    queue: deque[TransferId] = field(default_factory=deque)
+
+
+class SendSide:
+    """All transfers that this rank sends. Methods are called by one thread; actions are taken with `drain`.
+
+    Every transfer ends through STOPPING, and tells the engine Completed, Refused, Failed or Quiesced only when no byte
+    of it is read any more.
+    """
+
+    def __init__(self, model: ModelKV, tp_size: int, tp_rank: int, lease_s: float) -> None:
+        self._model = model
+        self._tp_size = tp_size
+        self._tp_rank = tp_rank
+        self._lease_s = lease_s
+        self._leases = LeaseTable(lease_s)
+        self._transfers: dict[TransferId, _Transfer] = {}
+        self._links: dict[LinkKey, _Link] = {}
+        self._actions: list[Action] = []
+        self.num_stale = 0
+
+    @property
+    def num_open(self) -> int:
+        """Transfers that are not forgotten."""
+        return len(self._transfers)
+
+    def has(self, transfer_id: TransferId) -> bool:
+        """Is the transfer known here?"""
+        return transfer_id in self._transfers
+
+    @property
+    def is_leader(self) -> bool:
+        """Does this rank talk to the receiving leader?"""
+        return self._tp_rank == 0
+
+    def drain(self) -> list[Action]:
+        """Actions since the last call, in order."""
+        actions, self._actions = self._actions, []
+        return actions
+
+    # Commands of the engine.
+
+    def open(self, now: float, request: SendRequest) -> None:
+        """Begin a transfer: connect and announce on every link that the plan names; the leader also reserves."""
+        if request.transfer_id in self._transfers:
+            return
+        peer = request.peer
+        transfer = _Transfer(request, {}, [0] * len(self._model.layers), now + 2 * self._lease_s)
+        self._transfers[request.transfer_id] = transfer
+        try:
+            ranks = destination_ranks(self._model, self._tp_size, self._tp_rank, len(peer.ranks))
+        except LayoutMismatch as error:
+            self._fail(transfer, now, f"layout: {error.message}", AbortCode.PROTOCOL)
+            return
+        by_rank = {rank.tp_rank: rank for rank in peer.ranks}
+        for tp_rank in ranks:
+            if tp_rank not in by_rank:
+                self._fail(
+                    transfer, now, f"address: rank {tp_rank} of {peer.worker_id} is not named", AbortCode.ABORTED
+                )
+                return
+            key = LinkKey(peer.worker_id, peer.incarnation, tp_rank)
+            lane = transfer.lanes[key] = _Lane()
+            link = self._links.get(key)
+            if link is None:
+                link = self._links[key] = _Link()
+                self._actions.append(Connect(key, by_rank[tp_rank]))
+            link.lanes[request.transfer_id] = lane
+            self._leases.watch(key, request.transfer_id, now)
+            if link.plan is not None:
+                self._begin_lane(transfer, key, lane, link.plan)
+
+    def written(self, transfer_id: TransferId, layer: int, num_tokens: int) -> None:
+        """KV of `layer` for tokens [0, num_tokens) is in the pool."""
+        transfer = self._transfers.get(transfer_id)
+        if transfer is None or transfer.state is SendState.STOPPING or num_tokens <= transfer.written[layer]:
+            return
+        transfer.written[layer] = min(num_tokens, transfer.request.num_tokens)
+        for key, lane in transfer.lanes.items():
+            self._mark_ready(transfer, key, lane, (layer,))
+
+    def finish(self, transfer_id: TransferId, manifest: bytes) -> None:
+        """Leader: hand the manifest over, once room is granted."""
+        transfer = self._transfers.get(transfer_id)
+        if transfer is None or transfer.state is SendState.STOPPING or transfer.manifest is not None:
+            return
+        transfer.manifest = manifest
+        if transfer.is_granted:
+            self._send(self._leader_key(transfer), Manifest(transfer_id, manifest))
+
+    def close(self, now: float, transfer_id: TransferId) -> None:
+        """The leader knows that the transfer is complete: forget it."""
+        transfer = self._transfers.get(transfer_id)
+        if transfer is not None:
+            self._end(transfer, now)
+
+    def abort(self, now: float, transfer_id: TransferId, reason: str) -> None:
+        """End the transfer in any state; `Quiesced` follows, at once for an unknown one."""
+        transfer = self._transfers.get(transfer_id)
+        if transfer is None:
+            self._actions.append(Emit(Quiesced(transfer_id)))
+        elif transfer.state is SendState.STOPPING:
+            transfer.last_events.append(Quiesced(transfer_id))
+        else:
+            self._tell_abort(transfer, AbortCode.ABORTED, reason)
+            self._end(transfer, now, Quiesced(transfer_id))
+
+    def abort_all(self, now: float, reason: str) -> None:
+        """The endpoint closes: every transfer fails."""
+        for transfer in list(self._transfers.values()):
+            self._fail(transfer, now, reason, AbortCode.LOST)
+
+    # What links do.
+
+    def link_up(self, now: float, key: LinkKey, plan: CopyPlan) -> None:
+        """The link is authenticated."""
+        link = self._links.setdefault(key, _Link())
+        link.plan = plan
+        self._leases.link_up(key, now)
+        for transfer_id, lane in list(link.lanes.items()):
+            self._begin_lane(self._transfers[transfer_id], key, lane, plan)
+
+    def link_down(self, now: float, key: LinkKey, reason: str) -> None:
+        """The link is closed or never came up: what was open on it fails."""
+        link = self._links.pop(key, None)
+        self._leases.link_down(key)
+        for transfer_id in list(link.lanes) if link else ():
+            transfer = self._transfers[transfer_id]
+            self._fail(transfer, now, reason, AbortCode.LOST, except_key=key)
+
+    def heard(self, now: float, key: LinkKey) -> None:
+        """Bytes came on the link."""
+        self._leases.heard(key, now)
+
+    def on_message(self, now: float, key: LinkKey, message: Message) -> None:
+        """A message of the receiving rank at the other end of the link.
+
+        Raises:
+            ProtocolError: a message that a receiver never sends.
+        """
+        match message:
+            case Ping(transfer_ids):
+                self._leases.heard(key, now, transfer_ids)
+                self._send(key, Pong(self._leases.watched(key)))
+                return
+            case Pong(transfer_ids):
+                self._leases.heard(key, now, transfer_ids)
+                return
+            case Grant() | Refuse() | Accept() | Credit() | Complete() | Abort():
+                pass
+            case _:
+                raise ProtocolError(f"a receiver does not send {type(message).__name__}")
+        transfer = self._transfers.get(message.transfer_id)
+        lane = None if transfer is None else transfer.lanes.get(key)
+        if transfer is None or lane is None or transfer.state is SendState.STOPPING:
+            self.num_stale += 1
+            return
+        self._leases.heard(key, now, (message.transfer_id,))
+        match message:
+            case Accept():
+                self._accepted(transfer, now, key, lane, message)
+            case Credit(_, total_bytes):
+                if total_bytes > lane.bytes_sent:
+                    self._fail(transfer, now, "protocol: credit for bytes that were not sent", AbortCode.PROTOCOL)
+                elif total_bytes > lane.bytes_credited:
+                    lane.bytes_credited = total_bytes
+                    self._enqueue(transfer, key, lane)
+            case Abort(_, code, reason):
+                integrity = code == AbortCode.INTEGRITY
+                self._fail(transfer, now, f"peer: {reason}", AbortCode.ABORTED, integrity=integrity, except_key=key)
+            case Grant(_, first_token):
+                self._granted(transfer, now, key, first_token)
+            case Refuse(_, code, text):
+                self._end(transfer, now, Refused(message.transfer_id, code, text))
+            case Complete():
+                self._end(transfer, now, Completed(message.transfer_id))
+
+    def has_data(self, key: LinkKey) -> bool:
+        """Would `next_data` give something?"""
+        link = self._links.get(key)
+        return link is not None and bool(link.queue)
+
+    def next_data(self, key: LinkKey, *, name_blocks: bool) -> Outgoing | None:
+        """The next frame for the link, transfers taking turns. It counts as sent.
+
+        `name_blocks`: the receiver fetches the bytes itself and is told the source blocks.
+        """
+        link = self._links.get(key)
+        while link is not None and link.queue:
+            transfer_id = link.queue.popleft()
+            transfer, lane = self._transfers[transfer_id], link.lanes[transfer_id]
+            plan, runs = lane.plan, lane.runs
+            assert plan is not None
+            assert runs is not None
+            layer = next(iter(lane.ready))
+            first, limit = lane.sent_tokens[layer], transfer.sendable(layer)
+            end = plan.frame_end(layer, first, limit, min(FRAME_BYTES, lane.window_bytes // 2))
+            num_bytes = plan.num_bytes(layer, end - first)
+            if num_bytes > lane.credit_bytes:
+                lane.is_queued = False  # until credit comes
+                continue
+            lane.bytes_sent += num_bytes
+            lane.sent_tokens[layer] = end
+            if end == limit:
+                del lane.ready[layer]
+            lane.is_queued = bool(lane.ready)
+            if lane.is_queued:
+                link.queue.append(transfer_id)
+            blocks = b""
+            if name_blocks:
+                block_size = plan.source.geometry.block_size
+                table = transfer.request.block_table[first // block_size : -(-end // block_size)]
+                blocks = struct.pack(f"<{len(table)}I", *table)
+            first_unit = first // UNIT_TOKENS
+            num_units = -(-end // UNIT_TOKENS) - first_unit
+            frame = Data(transfer_id, self._tp_rank, key.tp_rank, layer, first_unit, num_units, _NO_DIGEST, blocks)
+            return Outgoing(frame, runs.runs(layer, first, end), num_bytes)
+        return None
+
+    # Time and I/O.
+
+    @property
+    def interval_s(self) -> float:
+        """How often `tick` wants to be called."""
+        return self._leases.interval_s
+
+    def tick(self, now: float) -> None:
+        """Send heartbeats; end what is overdue."""
+        due = self._leases.due(now)
+        for key, transfer_ids in due.pings:
+            self._send(key, Ping(transfer_ids))
+        for key in due.silent_links:
+            self._actions.append(CloseLink(key, f"lease: {key} was silent for {self._lease_s} s"))
+        for key, transfer_id in due.lapsed:
+            self._lapse(now, transfer_id, f"lease: {key} has not named the transfer for {self._lease_s} s")
+        for transfer in list(self._transfers.values()):
+            if now > transfer.accept_by_s and not all(lane.accepted for lane in transfer.lanes.values()):
+                self._lapse(now, transfer.request.transfer_id, "lease: the receiver did not accept in time")
+
+    def io_stopped(self, now: float, transfer_id: TransferId) -> None:
+        """The shell reads nothing of the transfer any more."""
+        transfer = self._transfers.pop(transfer_id)
+        self._move(transfer, SendState.CLOSED)
+        self._actions += [Emit(event) for event in transfer.last_events]
+
+    # Steps.
+
+    def _move(self, transfer: _Transfer, state: SendState) -> None:
+        assert state in SEND_NEXT[transfer.state], f"{transfer.state} -> {state}"
+        transfer.state = state
+
+    def _send(self, key: LinkKey, message: TransferMessage) -> None:
+        self._actions.append(Send(key, message))
+
+    def _leader_key(self, transfer: _Transfer) -> LinkKey:
+        return LinkKey(transfer.request.peer.worker_id, transfer.request.peer.incarnation, 0)
+
+    def _begin_lane(self, transfer: _Transfer, key: LinkKey, lane: _Lane, plan: CopyPlan) -> None:
+        request = transfer.request
+        lane.plan = plan
+        lane.runs = TableRuns(plan.source_sides, plan.group_tokens, request.block_table)
+        if self.is_leader and key.tp_rank == 0:
+            self._send(key, Reserve(request.transfer_id, request.num_tokens, request.reserve_payload))
+        else:
+            self._send(key, Announce(request.transfer_id, request.num_tokens))
+
+    def _granted(self, transfer: _Transfer, now: float, key: LinkKey, first_token: int) -> None:
+        if transfer.is_granted:
+            return
+        if not self.is_leader or key.tp_rank != 0 or not _is_start(first_token, transfer):
+            self._fail(transfer, now, "protocol: the receiver's grant makes no sense", AbortCode.PROTOCOL)
+            return
+        transfer.is_granted = True
+        transfer_id = transfer.request.transfer_id
+        self._actions.append(Emit(Granted(transfer_id, first_token)))
+        if transfer.manifest is not None:
+            self._send(key, Manifest(transfer_id, transfer.manifest))
+
+    def _accepted(self, transfer: _Transfer, now: float, key: LinkKey, lane: _Lane, accept: Accept) -> None:
+        if lane.accepted:
+            return
+        assert lane.plan is not None
+        if not _is_start(accept.first_token, transfer) or accept.window_bytes < 2 * lane.plan.max_unit_bytes:
+            self._fail(transfer, now, "protocol: the receiver's acceptance makes no sense", AbortCode.PROTOCOL)
+            return
+        if transfer.state is SendState.OPENED:
+            self._move(transfer, SendState.SENDING)
+        lane.accepted = True
+        lane.window_bytes = accept.window_bytes
+        lane.sent_tokens = [accept.first_token] * len(self._model.layers)
+        self._mark_ready(transfer, key, lane, range(len(self._model.layers)))
+
+    def _mark_ready(self, transfer: _Transfer, key: LinkKey, lane: _Lane, layers: Iterable[int]) -> None:
+        if not lane.accepted or lane.plan is None:
+            return
+        for layer in layers:
+            if lane.plan.unit_bytes[layer] and transfer.sendable(layer) > lane.sent_tokens[layer]:
+                lane.ready[layer] = None
+        self._enqueue(transfer, key, lane)
+
+    def _enqueue(self, transfer: _Transfer, key: LinkKey, lane: _Lane) -> None:
+        if lane.ready and not lane.is_queued:
+            lane.is_queued = True
+            self._links[key].queue.append(transfer.request.transfer_id)
+            self._actions.append(DataReady(key))
+
+    def _lapse(self, now: float, transfer_id: TransferId, reason: str) -> None:
+        transfer = self._transfers.get(transfer_id)
+        if transfer is not None:
+            self._fail(transfer, now, reason, AbortCode.LEASE)
+
+    def _fail(
+        self,
+        transfer: _Transfer,
+        now: float,
+        reason: str,
+        code: AbortCode,
+        *,
+        integrity: bool = False,
+        except_key: LinkKey | None = None,
+    ) -> None:
+        if transfer.state is SendState.STOPPING:
+            return
+        self._tell_abort(transfer, code, reason, except_key)
+        self._end(transfer, now, Failed(transfer.request.transfer_id, reason, integrity))
+
+    def _tell_abort(self, transfer: _Transfer, code: AbortCode, reason: str, except_key: LinkKey | None = None) -> None:
+        for key in transfer.lanes:
+            if key != except_key:
+                self._send(key, Abort(transfer.request.transfer_id, code, reason[:200]))
+
+    def _end(self, transfer: _Transfer, now: float, *events: TransferEvent) -> None:
+        transfer.last_events += events
+        if transfer.state is SendState.STOPPING:
+            return
+        self._move(transfer, SendState.STOPPING)
+        transfer_id = transfer.request.transfer_id
+        for key, lane in transfer.lanes.items():
+            self._leases.unwatch(key, transfer_id)
+            link = self._links.get(key)
+            if link is not None:
+                link.lanes.pop(transfer_id, None)
+                if lane.is_queued:
+                    link.queue.remove(transfer_id)
+        self._actions.append(StopIO(transfer_id))
+
+
+def _is_start(first_token: int, transfer: _Transfer) -> bool:
+    return first_token % UNIT_TOKENS == 0 and first_token <= transfer.request.num_tokens

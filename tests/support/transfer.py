@@ -1,0 +1,244 @@
+"""Workers of one process for transfer tests: pools filled with a pattern, endpoints, and waiting for events."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
+
+import numpy as np
+
+from baton.kv_layout import KVGeometry, KVLayout, LayerSpec, ModelKV
+from kvtransfer.api import EndpointConfig, PeerWorker, SendRequest, TransferEvent, TransferId
+from kvtransfer.endpoint import Endpoint
+from kvtransfer.faults import FaultHook
+
+SECRET = b"a secret of one cluster, 32 byte"
+MODEL = ModelKV((LayerSpec(4, 8), LayerSpec(4, 8), LayerSpec(4, 8)), "bfloat16", "f1")
+EventT = TypeVar("EventT", bound=TransferEvent)
+
+
+def new_transfer_id() -> TransferId:
+    """Random, as a leader draws it."""
+    return TransferId(secrets.token_bytes(16))
+
+
+@dataclass
+class Rank:
+    """One rank: a pool, its endpoint, and the events seen so far."""
+
+    layout: KVLayout
+    buffer: memoryview
+    endpoint: Endpoint
+    fd: int | None
+    mapping: mmap.mmap | None
+    seen: list[TransferEvent] = field(default_factory=list)
+    _news: threading.Event = field(default_factory=threading.Event)
+
+    def __post_init__(self) -> None:
+        self.endpoint.set_wakeup(self._news.set)
+
+    def expect(self, kind: type[EventT], transfer_id: TransferId | None = None, timeout_s: float = 10.0) -> EventT:
+        """Take the first event of this kind (of this transfer), waiting for it."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            self._news.clear()
+            self.seen += self.endpoint.poll()
+            for event in self.seen:
+                if isinstance(event, kind) and transfer_id in (None, event.transfer_id):
+                    self.seen.remove(event)
+                    return event
+            if not self._news.wait(max(0.0, deadline - time.monotonic())):
+                raise AssertionError(f"no {kind.__name__}; seen: {self.seen}")
+
+    def wait_for(self, condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
+        """Wait until a condition on statistics holds, looking whenever the transfer thread has turned."""
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            if time.monotonic() > deadline:
+                raise AssertionError(f"condition does not hold; {self.endpoint.stats()}")
+            turned = threading.Event()
+            self.endpoint._thread.post(turned.set)
+            turned.wait(1.0)
+
+    def layer_bytes(self, layer: int) -> np.ndarray:
+        """One layer as [block, K|V, head, token, dim bytes]."""
+        layout = self.layout
+        spec = layout.model.layers[layer]
+        flat = np.frombuffer(self.buffer, np.uint8)
+        start = layout.layer_offset(layer)
+        size = layout.block_bytes(layer) * layout.geometry.num_blocks
+        shape = (
+            layout.geometry.num_blocks,
+            2,
+            len(layout.heads(layer)),
+            layout.geometry.block_size,
+            spec.head_dim * layout.model.itemsize_bytes,
+        )
+        return flat[start : start + size].reshape(shape)
+
+    def write_layer(self, layer: int, block_table: Sequence[int], tokens: np.ndarray) -> None:
+        """Put [K|V, head (all), token, dim bytes] of a sequence into this rank's blocks."""
+        view, size = self.layer_bytes(layer), self.layout.geometry.block_size
+        heads = self.layout.heads(layer)
+        for token in range(tokens.shape[2]):
+            view[block_table[token // size], :, :, token % size] = tokens[:, heads.start : heads.stop, token]
+
+    def read_layer(self, layer: int, block_table: Sequence[int], num_tokens: int) -> np.ndarray:
+        """[K|V, local head, token, dim bytes] of a sequence."""
+        view, size = self.layer_bytes(layer), self.layout.geometry.block_size
+        rows = [view[block_table[token // size], :, :, token % size] for token in range(num_tokens)]
+        return np.stack(rows, axis=2)
+
+    def close(self) -> None:
+        """End the endpoint and free the pool."""
+        self.endpoint.close()
+        self.buffer.release()
+        if self.mapping is not None:
+            self.mapping.close()
+        if self.fd is not None:
+            os.close(self.fd)
+
+
+@dataclass
+class Worker:
+    """All ranks of a worker."""
+
+    worker_id: str
+    incarnation: str
+    ranks: list[Rank]
+
+    @property
+    def peer(self) -> PeerWorker:
+        """As others reach it."""
+        return PeerWorker(self.worker_id, self.incarnation, tuple(rank.endpoint.address for rank in self.ranks))
+
+    @property
+    def leader(self) -> Rank:
+        """Rank 0."""
+        return self.ranks[0]
+
+    def close(self) -> None:
+        """End all ranks."""
+        for rank in self.ranks:
+            rank.close()
+
+
+def make_worker(
+    name: str,
+    *,
+    transport: str = "tcp",
+    unix_dir: str = "",
+    tp_size: int = 1,
+    block_size: int = 16,
+    num_blocks: int = 64,
+    model: ModelKV = MODEL,
+    faults: FaultHook | None = None,
+    shared_pool: bool = True,
+    **settings: object,
+) -> Worker:
+    """A worker whose ranks offer one transport (and TCP to fall back on for shm)."""
+    transports = {"tcp": ("tcp",), "shm": ("shm", "tcp"), "local": ("local",)}[transport]
+    incarnation = secrets.token_hex(8)
+    ranks = []
+    for tp_rank in range(tp_size):
+        layout = KVLayout(model, KVGeometry(tp_size, block_size, num_blocks), tp_rank)
+        fd, mapping = None, None
+        if transport == "shm" and shared_pool:
+            fd = os.memfd_create("kv", os.MFD_ALLOW_SEALING | os.MFD_CLOEXEC)
+            os.ftruncate(fd, layout.pool_bytes)
+            mapping = mmap.mmap(fd, layout.pool_bytes)
+        buffer = memoryview(mapping if mapping is not None else bytearray(layout.pool_bytes))
+        config = EndpointConfig(name, incarnation, layout, SECRET, unix_dir=unix_dir, transports=transports)
+        config = replace(config, **settings)  # type: ignore[arg-type]
+        ranks.append(Rank(layout, buffer, Endpoint(config, buffer, fd, faults=faults), fd, mapping))
+    return Worker(name, incarnation, ranks)
+
+
+def pattern(model: ModelKV, num_tokens: int, seed: int = 0) -> list[np.ndarray]:
+    """Per layer: random [K|V, head, token, dim bytes] of a sequence."""
+    rng = np.random.default_rng(seed)
+    return [
+        rng.integers(0, 256, (2, s.num_kv_heads, num_tokens, s.head_dim * model.itemsize_bytes), dtype=np.uint8)
+        for s in model.layers
+    ]
+
+
+def open_send(
+    source: Worker, destination: Worker, num_tokens: int, block_table: Iterable[int], payload: bytes = b"please"
+) -> TransferId:
+    """Open a transfer on every source rank."""
+    transfer_id = new_transfer_id()
+    request = SendRequest(transfer_id, destination.peer, num_tokens, tuple(block_table), payload)
+    for rank in source.ranks:
+        rank.endpoint.open_send(request)
+    return transfer_id
+
+
+def write_all(source: Worker, transfer_id: TransferId, block_table: Sequence[int], kv: Sequence[np.ndarray]) -> None:
+    """Write the whole sequence, layer by layer, on every source rank."""
+    for layer, tokens in enumerate(kv):
+        for rank in source.ranks:
+            rank.write_layer(layer, block_table, tokens)
+            rank.endpoint.written(transfer_id, layer, tokens.shape[2])
+
+
+def assert_equal(
+    destination: Worker, block_table: Sequence[int], kv: Sequence[np.ndarray], first_token: int = 0
+) -> None:
+    """Every destination rank holds its heads of the sequence from `first_token` on."""
+    for rank in destination.ranks:
+        for layer, tokens in enumerate(kv):
+            heads = rank.layout.heads(layer)
+            got = rank.read_layer(layer, block_table, tokens.shape[2])
+            np.testing.assert_array_equal(got[:, :, first_token:], tokens[:, heads.start : heads.stop, first_token:])
+
+
+def num_open_fds() -> int:
+    """File descriptors of this process."""
+    return len(os.listdir("/proc/self/fd"))
+
+
+def kvtransfer_threads() -> list[str]:
+    """Transfer threads that run."""
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("kvtransfer")]
+
+
+class BlockingHook:
+    """Holds the transfer thread at the n-th data frame until released."""
+
+    def __init__(self, at_send: int | None = None, at_landing: int | None = None) -> None:
+        self.reached, self.release = threading.Event(), threading.Event()
+        self._at = {"send": at_send, "landing": at_landing}
+        self._count = {"send": 0, "landing": 0}
+
+    def _pass(self, where: str) -> None:
+        self._count[where] += 1
+        if self._count[where] == self._at[where]:
+            self.reached.set()
+            self.release.wait(10)
+
+    def before_send(self, frame: object, payload: list[memoryview]) -> list[memoryview]:
+        """See FaultHook."""
+        self._pass("send")
+        return payload
+
+    def after_landing(self, frame: object, landed: list[memoryview]) -> None:
+        """See FaultHook."""
+        self._pass("landing")
+
+
+@contextlib.contextmanager
+def closing(*workers: Worker):  # type: ignore[no-untyped-def]
+    """Close workers at the end."""
+    try:
+        yield workers
+    finally:
+        for worker in workers:
+            worker.close()

@@ -26,7 +26,7 @@ _MULTIPLIERS: Final = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 _SHIFTS: Final = (30, 27, 31)
 _MASK64: Final = 2**64 - 1
 _UNIFORM_BITS: Final = 52
-_NUCLEUS_GUESS: Final = 1024
+_NUCLEUS_GUESSES: Final = (1024, 16384)
 
 
 class NonFiniteLogits(RuntimeError):
@@ -140,11 +140,12 @@ def _nucleus(scaled: Tensor, top_p: float) -> float:
     (Holtzman et al. 2020, arXiv:1904.09751.) Sorts only as far as needed; the result does not depend on how far.
     """
     total = scaled.logsumexp(0)
-    for width in (min(_NUCLEUS_GUESS, len(scaled)), len(scaled)):
+    for width in (*_NUCLEUS_GUESSES, len(scaled)):
+        width = min(width, len(scaled))
         likeliest = scaled.topk(width).values
         probs = (likeliest - total).exp()
         num_kept = max(1, int((probs.cumsum(0) - probs < top_p).sum()))
-        if num_kept < width:
+        if num_kept < width or width == len(scaled):
             break
     return float(likeliest[num_kept - 1])
 
@@ -158,14 +159,16 @@ def gumbel_noise(seed: int, sample_index: int, position: int, token_ids: Tensor)
     key = 0
     for word in (seed, sample_index, position):
         key = _mix((key ^ (word & _MASK64)) + _GOLDEN)
-    bits = (token_ids + 1) * _signed(_GOLDEN) + _signed(key)
+    # In place: a fresh megabyte per operation would cost more in page faults than the arithmetic does.
+    bits = (token_ids + 1).mul_(_signed(_GOLDEN)).add_(_signed(key))
     for shift, multiplier in zip(_SHIFTS, (*_MULTIPLIERS, None), strict=True):
-        bits = bits ^ (bits >> shift) & (2 ** (64 - shift) - 1)  # int64 shifts keep the sign: mask it off
+        # int64 shifts repeat the sign: mask it off.
+        bits.bitwise_xor_((bits >> shift).bitwise_and_(2 ** (64 - shift) - 1))
         if multiplier is not None:
-            bits = bits * _signed(multiplier)
-    top = (bits >> (64 - _UNIFORM_BITS)) & (2**_UNIFORM_BITS - 1)
-    uniform = (top.double() + 0.5) * 2.0**-_UNIFORM_BITS
-    return -torch.log(-torch.log(uniform))
+            bits.mul_(_signed(multiplier))
+    top = bits.bitwise_right_shift_(64 - _UNIFORM_BITS).bitwise_and_(2**_UNIFORM_BITS - 1)
+    uniform = top.double().add_(0.5).mul_(2.0**-_UNIFORM_BITS)
+    return uniform.log_().neg_().log_().neg_()
 
 
 def _mix(word: int) -> int:

@@ -364,7 +364,7 @@ def test_a_sequence_whose_numbers_break_down_is_named(fixtures: dict[str, Fixtur
     """And the same step without it gives what it would have given."""
     fixture = fixtures["llama"]
     runner = runner_for(fixture)
-    good = Driven(list(fixture.prompts[0]), range(0, 12))
+    good = Driven(list(fixture.prompts[0]), range(12))
     bad = Driven(list(fixture.prompts[1]), range(12, 24))
     run_step(runner, [good, bad])
     pool = torch.frombuffer(runner.kv_buffer(), dtype=torch.float32).view(3, NUM_BLOCKS, -1)

@@ -1,4 +1,4 @@
-"""Transfer events of a follower rank on their way to the leader."""
+"""Transfer events and counters of a follower rank on their way to the leader."""
 
 from __future__ import annotations
 
@@ -21,3 +21,8 @@ def unpack_event(packed: list[Any]) -> object:
     """Back from `pack_event`."""
     kind, *values = packed
     return _KINDS[kind](*values)
+
+
+def pack_stats(stats: api.EndpointStats) -> dict[str, Any]:
+    """For `EndpointStats(**packed)`."""
+    return dataclasses.asdict(stats)

@@ -40,10 +40,11 @@ class Follower:
                 self._on_message(message)
                 self._report()
             self._report()
+            self._leader.send(["stats", events.pack_stats(self._transfers.stats())])
 
     def _report(self) -> None:
         for event in self._transfers.poll():
-            self._leader.send(events.pack_event(event))
+            self._leader.send(["event", events.pack_event(event)])
 
     def _on_message(self, message: list[Any]) -> None:
         match message:

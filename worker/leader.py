@@ -13,7 +13,7 @@ from baton.clock import Clock
 from baton.errors import ServeError
 from baton.request import AttemptId, GenerateRequest
 from engine.types import Engine, StepPlan
-from kvtransfer.api import TransferEndpoint
+from kvtransfer.api import EndpointStats, TransferEndpoint
 from worker import codec, events
 from worker.channel import Channel
 from worker.group import Group
@@ -71,7 +71,7 @@ class Leader:
         self._aborted: OrderedDict[AttemptId, None] = OrderedDict()
         self._draining = False
         self._last_tick = -1e9
-        self._num_integrity_failures = 0
+        self._follower_stats: dict[int, EndpointStats] = {}
 
     def before_step(self, plan: StepPlan) -> None:
         """Called with each plan before any rank computes it."""
@@ -104,8 +104,11 @@ class Leader:
         for message in self._front.drain():
             self._on_command(message)
         for rank, follower in enumerate(self._group.followers, start=1):
-            for packed in follower.drain():
-                self._on_transfer_event(rank, events.unpack_event(packed))
+            for kind, packed in follower.drain():
+                if kind == "stats":
+                    self._follower_stats[rank] = EndpointStats(**packed)
+                else:
+                    self._on_transfer_event(rank, events.unpack_event(packed))
         for event in self._transfers.poll():
             self._on_transfer_event(0, event)
         if self._engine.has_work():
@@ -197,7 +200,6 @@ class Leader:
 
     def _on_transfer_event(self, rank: int, event: object) -> None:
         if getattr(event, "integrity", False):
-            self._num_integrity_failures += 1
             log.error("received KV did not verify", extra={"detail": getattr(event, "reason", "")})
         if not self._sending.handle(rank, event):
             self._receiving.handle(rank, event)
@@ -250,29 +252,30 @@ class Leader:
         )
 
     def status(self) -> dict[str, dict[str, Any]]:
-        """What GetStatus answers."""
-        stats, transfers = self._engine.stats(), self._transfers.stats()
+        """What GetStatus answers; transfers are summed over ranks."""
+        stats = self._engine.stats()
+        ranks = [self._transfers.stats(), *self._follower_stats.values()]
         return {
             "blocks": dict(stats.blocks_by_state),
             "sequences": dict(stats.seqs_by_state),
             "transfers": {
-                "open_sends": transfers.open_sends,
-                "open_receives": transfers.open_receives,
-                "links": transfers.open_links,
+                "open_sends": sum(rank.open_sends for rank in ranks),
+                "open_receives": sum(rank.open_receives for rank in ranks),
+                "links": sum(rank.open_links for rank in ranks),
                 "handing_over": len(self._sending),
                 "taking_over": len(self._receiving),
             },
-            "peers": dict(transfers.transports),
+            "peers": {peer: name for rank in ranks for peer, name in rank.transports.items()},
             "counters": {
                 "steps": stats.num_steps,
                 "preemptions": stats.num_preemptions,
                 "tokens_computed": stats.num_tokens_computed,
                 "prefix_hit_tokens": stats.num_prefix_hit_tokens,
                 "prefix_query_tokens": stats.num_prefix_query_tokens,
-                "kv_bytes_sent": transfers.bytes_sent,
-                "kv_bytes_received": transfers.bytes_received,
-                "kv_frames_verified": transfers.frames_verified,
-                "kv_integrity_failures": transfers.integrity_failures + self._num_integrity_failures,
-                "kv_stale_frames_dropped": transfers.stale_frames_dropped,
+                "kv_bytes_sent": sum(rank.bytes_sent for rank in ranks),
+                "kv_bytes_received": sum(rank.bytes_received for rank in ranks),
+                "kv_frames_verified": sum(rank.frames_verified for rank in ranks),
+                "kv_integrity_failures": sum(rank.integrity_failures for rank in ranks),
+                "kv_stale_frames_dropped": sum(rank.stale_frames_dropped for rank in ranks),
             },
         }

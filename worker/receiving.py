@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from baton.clock import Clock
-from baton.errors import InvalidRequest, Overloaded, ServeError, Unavailable
+from baton.errors import InvalidRequest, Overloaded, ServeError, TransferError, Unavailable
 from baton.request import AttemptId, GenerateRequest, TokenEvent
 from engine.types import Engine, Reservation
 from kvtransfer.api import Failed, ManifestReceived, Quiesced, Received, ReserveRequested, TransferId
@@ -157,7 +157,12 @@ class ReceivingSide:
         if receiving.first is None or len(receiving.received_ranks) < self._tp_size:
             return
         attempt_id = receiving.request.attempt_id
-        self._engine.commit(attempt_id, receiving.first)
+        try:
+            self._engine.commit(attempt_id, receiving.first)
+        except TransferError as error:
+            self._outbox.failed(receiving.router_id, attempt_id, error.code, error.message)
+            self._close(receiving, error.message)
+            return
         self._group.complete(receiving.transfer_id)
         receiving.moments["runnable"] = self._clock.now()
         self._forget(receiving)

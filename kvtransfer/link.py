@@ -60,6 +60,7 @@ class Link:
         """Whose pool blocks `_writing` still points into."""
         self._wants_fd = False
         self._received_fds: list[int] = []
+        self._budget = 0
         self.is_blocked = False
         """The socket took no more: wait until it is writable."""
         self.bytes_out = 0
@@ -160,8 +161,8 @@ class Link:
             LinkClosed: the peer is gone.
             ProtocolError: the stream can not be understood.
         """
-        budget = _TURN_BYTES
-        while budget > 0:
+        self._budget = _TURN_BYTES
+        while self._budget > 0:
             buffers = self._reader.buffers()
             try:
                 count = self._receive(buffers[:_MAX_IOV] if len(buffers) > _MAX_IOV else buffers)
@@ -172,8 +173,12 @@ class Link:
             if not count:
                 raise LinkClosed("the peer closed the connection")
             self.bytes_in += count
-            budget -= count
+            self._budget -= count
             self._reader.filled(count)
+
+    def charge(self, num_bytes: int) -> None:
+        """Count bytes that were fetched beside the stream towards this turn of `read`."""
+        self._budget -= num_bytes
 
     def _receive(self, buffers: list[memoryview]) -> int:
         if not self._wants_fd:
@@ -206,11 +211,11 @@ class Link:
         return False
 
     def last_words(self, message: Message) -> None:
-        """Try to send one message before closing, without waiting."""
-        if self._writing:
-            return
-        with contextlib.suppress(OSError):
-            self._sock.send(encode_frame(message, self._tagger))
+        """Try to send what is queued and one message more before closing, without waiting."""
+        if not self._writing:
+            self.post(message)
+            with contextlib.suppress(OSError):
+                self._sock.send(b"".join(self._messages))
 
     def close(self) -> None:
         """Close the socket and drop every reference to pool memory. Idempotent."""

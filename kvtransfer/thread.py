@@ -148,6 +148,7 @@ class TransferThread:
             self._tick()
         self._act()
         self._flush()
+        self._act()  # a write may have met a closed connection
         if self._has_events:
             self._has_events = False
             if self.on_events is not None:
@@ -466,6 +467,7 @@ class TransferThread:
     def _landed(self, connection: Connection, frame: Data, landing: Landing) -> None:
         if connection.mapped is not None:
             assert landing.copies is not None
+            connection.link.charge(landing.num_bytes)
             views = copy_and_view(self._pool, connection.mapped.pool, frame.layer, landing.copies, landing.runs)
         else:
             views = self._pool.views(frame.layer, landing.runs)

@@ -92,10 +92,11 @@ class LocalEngine:
         )
 
     def commit(self, attempt_id: AttemptId, first: TokenEvent) -> None:
-        """Start to decode a received sequence; if `first` ends the request, it is finished at once.
+        """Start to decode a received sequence. If `first` says that it ended the request, it is finished at once.
 
         Raises:
-            TransferError: `first` is not this sequence's next token. It stays RECEIVING (abort it).
+            TransferError: `first` can not be this sequence's next token, or would end it by this worker's rules but
+                not by the sender's. The sequence stays RECEIVING: abort it.
             LookupError: there is no such RECEIVING sequence.
         """
         seq = self._seqs.get(attempt_id)
@@ -103,11 +104,14 @@ class LocalEngine:
             raise LookupError(f"{attempt_id} is not receiving")
         if first.index != seq.num_output_tokens or not 0 <= first.token_id < self.config.vocab_size:
             raise TransferError(f"{attempt_id}: token {first.token_id} at {first.index} can not be its next one")
+        reason = self._finish_reason(seq, first.token_id)
+        if reason is not None and first.finish_reason is None:
+            raise TransferError(f"{attempt_id}: its first token ends it here ({reason}), but not where it was sampled")
         seq.has_prefill_started = True  # elsewhere
         self._scheduler.start(seq)
         self._scheduler.computed(seq, seq.num_pending_tokens)
         seq.append(first.token_id)
-        if first.finish_reason is not None or self._finish_reason(seq, first.token_id) is not None:
+        if first.finish_reason is not None:
             self._finish(seq)
 
     def release(self, attempt_id: AttemptId) -> None:
@@ -245,8 +249,8 @@ class LocalEngine:
                 continue
             assert sampled is not None, f"the runner chose no token for {seq.attempt_id}"
             index = seq.num_output_tokens
-            seq.append(sampled.token_id)
             reason = self._finish_reason(seq, sampled.token_id)
+            seq.append(sampled.token_id)
             num_cached = 0
             if index == seq.request.num_delivered_tokens:
                 finished.append(seq.attempt_id)
@@ -260,11 +264,11 @@ class LocalEngine:
         return StepResult(events, started, finished, preempted, total)
 
     def _finish_reason(self, seq: Sequence, token_id: int) -> FinishReason | None:
-        """Why the sequence ends with `token_id`, its newest token; None if it goes on."""
+        """Why the sequence ends if `token_id` is its next token; None if it goes on."""
         params, num_output = seq.request.sampling, seq.num_output_tokens
-        if token_id in seq.stop_token_ids and num_output > params.min_tokens:
+        if token_id in seq.stop_token_ids and num_output >= params.min_tokens:
             return FinishReason.STOP
-        if num_output >= params.max_tokens or len(seq.token_ids) >= self.max_len:
+        if num_output + 1 >= params.max_tokens or len(seq.token_ids) + 1 >= self.max_len:
             return FinishReason.LENGTH
         return None
 

@@ -6,28 +6,26 @@ import errno
 import fcntl
 import mmap
 import os
+import weakref
 from typing import Final
 
 _F_ADD_SEALS: Final = 1033
+_F_SEAL_SEAL: Final = 0x01
 _F_SEAL_SHRINK: Final = 0x02
 _F_SEAL_GROW: Final = 0x04
 _F_SEAL_FUTURE_WRITE: Final = 0x10  # Linux 5.1: whoever maps it after us can only read (memfd_create(2), fcntl(2))
 
 
 class KVMemory:
-    """`num_bytes` zeroed bytes in a sealed memfd. It disappears with the last process that has it open or mapped."""
+    """`num_bytes` zeroed bytes in a sealed memfd. They go with the last process that has them open or mapped."""
 
     def __init__(self, num_bytes: int) -> None:
         """Raises OSError if the machine has not that much memory to promise."""
         self._fd = os.memfd_create("baton-kv", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        try:
-            os.ftruncate(self._fd, num_bytes)
-            self._map = mmap.mmap(self._fd, num_bytes)
-            self.is_read_only_to_peers = _seal(self._fd)
-        except OSError:
-            os.close(self._fd)
-            raise
-        self._view: memoryview | None = memoryview(self._map)
+        self._close_fd = weakref.finalize(self, os.close, self._fd)
+        os.ftruncate(self._fd, num_bytes)
+        self._view: memoryview | None = memoryview(mmap.mmap(self._fd, num_bytes))
+        self.is_read_only_to_peers = _seal(self._fd)
 
     @property
     def view(self) -> memoryview:
@@ -41,28 +39,19 @@ class KVMemory:
         return self._fd
 
     def close(self) -> None:
-        """Close the file and unmap. Idempotent.
-
-        Views that are still in use somewhere keep the mapping, and only that, until they go.
-        """
-        if self._view is None:
-            return
-        os.close(self._fd)
-        try:
-            self._view.release()
-            self._map.close()
-        except BufferError:
-            pass
+        """Close the file, and unmap it as soon as the last array or view over it is gone. Idempotent."""
         self._view = None
+        self._close_fd()
 
 
 def _seal(fd: int) -> bool:
     """Fix the size; forbid new writable mappings where the kernel can. True if it can."""
+    fixed = _F_SEAL_SEAL | _F_SEAL_SHRINK | _F_SEAL_GROW
     try:
-        fcntl.fcntl(fd, _F_ADD_SEALS, _F_SEAL_SHRINK | _F_SEAL_GROW | _F_SEAL_FUTURE_WRITE)
+        fcntl.fcntl(fd, _F_ADD_SEALS, fixed | _F_SEAL_FUTURE_WRITE)
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
-        fcntl.fcntl(fd, _F_ADD_SEALS, _F_SEAL_SHRINK | _F_SEAL_GROW)
+        fcntl.fcntl(fd, _F_ADD_SEALS, fixed)
         return False
     return True

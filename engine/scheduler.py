@@ -151,17 +151,15 @@ class Scheduler:
         budget = self._config.max_num_batched_tokens
         prefills: deque[Sequence] = deque()
         for seq in tuple(self._running):
-            if seq.state is not SeqState.RUNNING:  # preempted by a better one, a moment ago
+            if seq.state is not SeqState.RUNNING:  # preempted a moment ago: victims come after whom they give way to
                 continue
             if seq.num_pending_tokens > 1:
                 prefills.append(seq)
             elif budget and self._grow(seq, plan.preempted):
                 plan.chunks.append(Chunk(seq, 1))
                 budget -= 1
-        is_blocked = bool(plan.preempted)
+        is_blocked = False
         while budget:
-            while prefills and prefills[0].state is not SeqState.RUNNING:
-                prefills.popleft()
             head = None if is_blocked else self._waiting.head()
             if head is not None and (not prefills or head.request.priority < prefills[0].request.priority):
                 if not self._admit(head):

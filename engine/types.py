@@ -210,7 +210,11 @@ class Engine(Protocol):
     def commit(self, attempt_id: AttemptId, first: TokenEvent) -> None:
         """All KV of a RECEIVING sequence is in place and verified, and `first` is its next token: start to decode it.
 
-        The full units received are published to the prefix cache. `first` itself is not reported again.
+        The full blocks received are published to the prefix cache. `first` itself is not reported again.
+
+        Raises:
+            TransferError: `first` can not be the next token, or the two workers disagree on whether it is the last.
+                Nothing changed: abort it.
         """
         ...
 

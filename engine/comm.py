@@ -160,10 +160,13 @@ class ShmComm:
         """See Comm. Adds in float32 in the order of ranks, then rounds once."""
         for piece in self._pieces(tensor):
             slots = self._exchange(piece, reads=True)
-            total = slots[0].float()
-            for slot in slots[1:]:
-                total = total + slot
-            piece.copy_(total)
+            # One addition rounds once by itself, and float32 needs no wider sum: neither needs a temporary.
+            in_place = self.size == 2 or piece.dtype == torch.float32
+            total = torch.add(slots[0], slots[1], out=piece) if in_place else slots[0].float() + slots[1]
+            for slot in slots[2:]:
+                total += slot
+            if not in_place:
+                piece.copy_(total)
 
     def gather(self, tensor: Tensor) -> list[Tensor] | None:
         """See Comm. Followers do not wait for the leader."""

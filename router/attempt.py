@@ -1,0 +1,396 @@
+"""One attempt of one request: everything that its one or two workers say about it, put in order for one consumer.
+
+Knows the worker protocol and no other attempt. Event loop only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from baton.clock import Clock
+from baton.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    LayoutMismatch,
+    Overloaded,
+    ServeError,
+    TransferError,
+    Unavailable,
+    WorkerLost,
+    from_code,
+)
+from baton.request import AttemptId, FinishReason, RequestId, SamplingParams, TokenEvent, TokenLogprobs
+from protos import worker_pb2 as pb
+from router.fleet import Fleet, WorkerLink
+from router.placement import Placement, WorkerKey, another_decode
+from router.timeline import Timeline
+
+LATE_S: Final = 1.0  # how long workers may still send the moments of an attempt that is over
+_REDIRECT_BACKOFF_S: Final = (0.02, 0.5)
+
+
+@dataclass(slots=True)
+class Work:
+    """What to generate: one sample of one request. `deadline` is on the router's clock."""
+
+    request_id: RequestId
+    token_ids: list[int]
+    sampling: SamplingParams
+    deadline: float
+    timeline: Timeline
+    tenant: str = "default"
+    cache_salt: str = ""
+    priority: int = 0
+
+
+class Attempt:
+    """An inbox that sessions fill, in any order, and one consumer empties, by index.
+
+    With two workers the first token comes from the prefill worker and the others from the decode worker, each on its
+    own stream. From the decode worker's first token on, the prefill worker is not needed any more. A decode worker
+    without room is replaced by another one; without any, the KV stays at the prefill worker until there is room.
+    """
+
+    def __init__(
+        self,
+        id: AttemptId,
+        work: Work,
+        delivered: list[int],
+        fleet: Fleet,
+        clock: Clock,
+        *,
+        max_unread_tokens: int,
+    ) -> None:
+        """`delivered`: output tokens that the client already has; they become input."""
+        self.id = id
+        self._work = work
+        self._token_ids = work.token_ids + delivered
+        self._base = len(delivered)  # index of this attempt's first token
+        self._fleet = fleet
+        self._clock = clock
+        self._max_unread_tokens = max_unread_tokens
+        self._start: WorkerLink | None = None  # was sent the attempt
+        self._decode: WorkerLink | None = None  # generates; `_start` itself when there is only one worker
+        self._from_start = 0  # tokens received, per worker
+        self._from_decode = 0
+        self._ready: list[TokenEvent] = []
+        self._early: list[TokenEvent] = []  # of the decode worker, while the first token is still to come
+        self._waiter: asyncio.Future[None] | None = None
+        self._error: ServeError | None = None
+        self._is_finished = False  # the last token is here
+        self._is_aborted = False
+        self._is_closed = False
+        self._refused: set[WorkerKey] = set()
+        self._num_refusals = 0
+        self._number = 0
+        self._timers: list[asyncio.TimerHandle] = []
+        self._speaking: set[WorkerLink] = set()  # whose moments are still to come
+        self._on_settled: Callable[[], None] | None = None
+        self.blamed: set[WorkerKey] = set()
+        """Once it has failed: the workers that a next attempt should avoid."""
+
+    # ---- the consumer
+
+    def begin(self, placement: Placement) -> str:
+        """Send it. Returns the fingerprint of the model that computes it.
+
+        Raises:
+            WorkerLost: a chosen worker went away since.
+        """
+        start, decode = self._fleet.link(placement.start), self._fleet.link(placement.decode)
+        if start is None or decode is None or start.hello is None:
+            raise WorkerLost("A worker went away while it was chosen.")
+        num_tokens, is_local = len(self._token_ids), start is decode
+        self._start, self._decode, self._speaking = start, decode, {start, decode}
+        start.open(self.id, self, prefill_tokens=num_tokens, kv_tokens=num_tokens if is_local else 0)
+        if not is_local:
+            decode.open(self.id, self, prefill_tokens=0, kv_tokens=num_tokens)
+        now = self._clock.now()
+        timeline = self._work.timeline
+        timeline.attempt("" if is_local else start.worker_id, decode.worker_id, now)
+        self._number = timeline.num_attempts
+        self._call_later(self._work.deadline - now, self._on_deadline)
+        start.send(pb.RouterMessage(start=self._start_message(None if is_local else decode, now)))
+        return start.hello.fingerprint
+
+    async def receive(self) -> list[TokenEvent]:
+        """The next tokens in order, at least one. The last one of all carries the finish reason.
+
+        Raises:
+            ServeError: the attempt failed; tokens that came before are handed out first.
+        """
+        while not self._ready:
+            if self._error is not None:
+                raise self._error
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        ready, self._ready = self._ready, []
+        return ready
+
+    def close(self, cause: ServeError | None = None) -> None:
+        """Over: abort what still runs. Synchronous, idempotent. The workers' moments may still come for LATE_S.
+
+        A consumer that waits meanwhile gets `cause`.
+        """
+        if self._is_closed:
+            return
+        self._is_closed = True
+        if self._error is None:
+            self._error = cause or Cancelled("The request was closed.")
+        self._wake()
+        for timer in self._timers:
+            timer.cancel()
+        self._abort()
+        self._ready, self._early = [], []
+        for link in (self._start, self._decode):
+            if link is not None:
+                link.released(self.id)
+        if self._speaking:
+            self._call_later(LATE_S, self.settle)
+        else:
+            self.settle()
+
+    def when_settled(self, callback: Callable[[], None]) -> None:
+        """Call `callback` once, when the attempt is closed and no more moments are awaited."""
+        if self._is_closed and not self._speaking:
+            callback()
+        else:
+            self._on_settled = callback
+
+    def settle(self) -> None:
+        """Await no more moments. Only after `close`."""
+        self._speaking.clear()
+        for timer in self._timers:
+            timer.cancel()
+        for link in (self._start, self._decode):
+            if link is not None:
+                link.close(self.id)
+        if self._on_settled is not None:
+            callback, self._on_settled = self._on_settled, None
+            callback()
+
+    # ---- the sessions' readers (AttemptSink)
+
+    def on_token(self, link: WorkerLink, token: pb.Token) -> None:
+        """A token of either worker; a repeated one is dropped, a missing one fails the attempt."""
+        if self._is_closed or self._is_finished or self._error is not None:
+            return
+        if link is self._start:
+            expected = self._base + self._from_start
+        elif link is self._decode:
+            expected = self._base + 1 + self._from_decode
+        else:
+            return
+        if token.index < expected:
+            return
+        if token.index > expected:
+            self.blamed = {link.key}
+            self._fail(Unavailable(f"Worker {link.worker_id} skipped token {expected}."))
+            return
+        event = _event(token)
+        if link is self._start:
+            self._from_start += 1
+            if self._from_start == 1:
+                link.prefilled(self.id)
+            self._ready.append(event)
+            if self._early:
+                self._ready += self._early
+                event, self._early = self._early[-1], []
+        else:
+            self._from_decode += 1
+            if self._from_decode == 1 and self._start is not None:
+                self._start.released(self.id)
+            (self._ready if self._from_start else self._early).append(event)
+            if not self._from_start:
+                return
+        if event.finish_reason is not None:
+            self._is_finished = True
+        elif len(self._ready) > self._max_unread_tokens:
+            self._fail(Cancelled("The client reads too slowly: its buffer of generated tokens is full."))
+        self._wake()
+
+    def on_failed(self, link: WorkerLink, failed: pb.AttemptFailed) -> None:
+        """A worker gave up."""
+        self._speaking.discard(link)
+        if self._needs(link):
+            error = from_code(failed.code, failed.message)
+            if isinstance(error, Overloaded) and failed.retry_after_s > 0:
+                error.retry_after_s = failed.retry_after_s
+            if isinstance(error, TransferError):
+                self.blamed = {peer.key for peer in (self._start, self._decode) if peer and peer.hello is not None}
+            else:
+                self.blamed = {link.key}
+            self._fail(error)
+        self._settle_if_silent()
+
+    def on_lost(self, link: WorkerLink, error: WorkerLost) -> None:
+        """A worker is dead."""
+        self._speaking.discard(link)
+        if self._needs(link):
+            self.blamed = {link.key}
+            self._fail(error)
+        self._settle_if_silent()
+
+    def on_refused(self, link: WorkerLink, refused: pb.ReserveRefused) -> None:
+        """The decode worker had no room: the next one, if there is one."""
+        decode = self._decode
+        if decode is None or decode is self._start or refused.worker_id != decode.worker_id or not self._needs(decode):
+            return
+        if refused.code == LayoutMismatch.code:
+            self._fail(LayoutMismatch(refused.message))
+            return
+        if decode.hello is not None:
+            self._refused.add(decode.key)
+        self._speaking.discard(decode)
+        decode.close(self.id)
+        self._decode = None
+        self._num_refusals += 1
+        self._redirect()
+
+    def on_timeline(self, link: WorkerLink, timeline: pb.Timeline) -> None:
+        """What a worker measured; of an attempt that is no longer the newest it does not count."""
+        if self._number == self._work.timeline.num_attempts:
+            self._work.timeline.worker_moments(
+                link.worker_id,
+                {moment.name: link.to_router_time(moment.at_s) for moment in timeline.moments},
+                timeline.kv_bytes,
+                timeline.transport,
+                timeline.num_cached_tokens,
+            )
+        self._speaking.discard(link)
+        self._settle_if_silent()
+
+    # ---- inside
+
+    def _start_message(self, decode: WorkerLink | None, now: float) -> pb.StartAttempt:
+        work = self._work
+        return pb.StartAttempt(
+            attempt_id=self.id,
+            token_ids=self._token_ids,
+            num_prompt_tokens=len(work.token_ids),
+            sampling=_sampling(work.sampling),
+            tenant=work.tenant,
+            cache_salt=work.cache_salt,
+            priority=work.priority,
+            deadline_s=max(0.0, work.deadline - now),
+            decode_peer=None if decode is None else _peer(decode),
+        )
+
+    def _needs(self, link: WorkerLink) -> bool:
+        """Can the attempt not end well without `link`?"""
+        if self._is_closed or self._is_finished or self._error is not None:
+            return False
+        if link is self._decode:
+            return True
+        return link is self._start and not (self._from_start and self._from_decode)
+
+    def _redirect(self) -> None:
+        """Hand the pinned KV to a decode worker that has not refused; wait if all have."""
+        if self._is_closed or self._error is not None or self._is_finished:
+            return
+        start, fleet = self._start, self._fleet
+        if start is None or start.hello is None:
+            return  # on_lost has said so
+        views, here, num_tokens = fleet.views(), start.view(), len(self._token_ids)
+        key = another_decode(views, here, num_tokens, self._refused)
+        if key is None and another_decode(views, here, num_tokens, ()) is None:
+            self.blamed = set(self._refused)
+            self._fail(Unavailable("No decode worker is left."))
+            return
+        link = None if key is None else fleet.link(key)
+        if link is None:
+            self._refused.clear()
+            low, high = _REDIRECT_BACKOFF_S
+            delay_s = min(high, low * 2.0 ** min(self._num_refusals, 10))
+            self._call_later(delay_s * random.uniform(0.5, 1.0), self._redirect)
+            return
+        self._decode = link
+        self._speaking.add(link)
+        link.open(self.id, self, prefill_tokens=0, kv_tokens=num_tokens)
+        self._work.timeline.decode_worker = link.worker_id
+        start.send(pb.RouterMessage(redirect=pb.Redirect(attempt_id=self.id, decode_peer=_peer(link))))
+
+    def _on_deadline(self) -> None:
+        if self._is_finished:
+            return
+        if self._decode is None:
+            self._fail(Overloaded("No decode worker had room within the request's time."))
+        else:
+            self._fail(DeadlineExceeded("The request's time ran out."))
+
+    def _fail(self, error: ServeError) -> None:
+        if self._error is None and not self._is_finished and not self._is_closed:
+            self._error = error
+            self._early.clear()
+            self._abort()
+            self._wake()
+
+    def _abort(self) -> None:
+        """Tell every worker that may still work on it; a worker that is done ignores it."""
+        if self._is_aborted:
+            return
+        self._is_aborted = True
+        for link in {self._start, self._decode} - {None}:
+            assert link is not None
+            if self._is_finished and (link is self._decode or self._from_decode):
+                continue  # the decode worker ended it, and it could because the prefill worker had
+            link.send(pb.RouterMessage(abort=pb.AbortAttempt(attempt_id=self.id)))
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def _settle_if_silent(self) -> None:
+        if self._is_closed and not self._speaking:
+            self.settle()
+
+    def _call_later(self, delay_s: float, callback: Callable[[], None]) -> None:
+        self._timers.append(asyncio.get_running_loop().call_later(max(0.0, delay_s), callback))
+
+
+def _event(token: pb.Token) -> TokenEvent:
+    logprobs = None
+    if token.HasField("logprobs"):
+        wire = token.logprobs
+        top = tuple(zip(wire.top_token_ids, wire.top_logprobs, strict=True))
+        logprobs = TokenLogprobs(wire.logprob, wire.rank, top)
+    return TokenEvent(
+        AttemptId(token.attempt_id),
+        token.index,
+        token.token_id,
+        logprobs,
+        FinishReason(token.finish_reason) if token.finish_reason else None,
+        token.num_cached_tokens,
+    )
+
+
+def _sampling(sampling: SamplingParams) -> pb.Sampling:
+    return pb.Sampling(
+        max_tokens=sampling.max_tokens,
+        min_tokens=sampling.min_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        repetition_penalty=sampling.repetition_penalty,
+        seed=sampling.seed,
+        sample_index=sampling.sample_index,
+        stop_token_ids=sampling.stop_token_ids,
+        ignore_eos=sampling.ignore_eos,
+        logit_bias=dict(sampling.logit_bias),
+        num_logprobs=sampling.num_logprobs,
+    )
+
+
+def _peer(link: WorkerLink) -> pb.DecodePeer:
+    assert link.hello is not None
+    return pb.DecodePeer(worker_id=link.worker_id, incarnation=link.hello.incarnation, ranks=link.hello.ranks)

@@ -1,0 +1,166 @@
+"""Which workers serve one attempt: a pure function over a snapshot of the fleet. Knows no connections and no clock."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+from baton.kv_layout import UNIT_TOKENS
+
+_PREFILL_ROLES: Final = ("prefill", "mixed")
+_DECODE_ROLES: Final = ("decode", "mixed")
+_TRANSFER_LOAD: Final = 0.1  # a mixed worker keeps what it prefilled unless another one is emptier by this much
+
+
+class WorkerKey(NamedTuple):
+    """One start of one worker."""
+
+    worker_id: str
+    incarnation: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerView:
+    """A live worker as placement sees it: its last heartbeat, raised by what this router has sent since."""
+
+    key: WorkerKey
+    role: str
+    fingerprint: str
+    kv_dtype: str
+    block_size: int
+    num_blocks: int
+    max_num_seqs: int
+    is_draining: bool
+    num_waiting_tokens: int
+    """Prompt tokens that it has still to compute."""
+    num_seqs: int
+    """Sequences running or waiting."""
+    num_free_blocks: int
+    num_routed: int = 0
+    """Attempts that this router ever sent there: breaks ties, so that idle workers take turns."""
+
+    @property
+    def group(self) -> tuple[str, str]:
+        """Workers of one group can exchange KV."""
+        return self.fingerprint, self.kv_dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """`decode` generates. `prefill` computes the prompt and sends the KV; None: `decode` does both."""
+
+    decode: WorkerKey
+    prefill: WorkerKey | None = None
+
+    @property
+    def start(self) -> WorkerKey:
+        """Who is sent the attempt."""
+        return self.prefill or self.decode
+
+
+def place(
+    fleet: Sequence[WorkerView],
+    num_tokens: int,
+    *,
+    cached_tokens: Mapping[WorkerKey, int] | None = None,
+    avoid: Collection[WorkerKey] = (),
+    fingerprint: str | None = None,
+    local_prefill_max_tokens: int = 0,
+) -> Placement | None:
+    """The best workers for a prompt of `num_tokens`; None if nobody can take it.
+
+    Prefill goes where queue + uncached prompt is shortest. Decode goes where there is room for the prompt's KV, then
+    to the emptiest. The decode worker prefills by itself if nobody else can or if the uncached prompt has at most
+    `local_prefill_max_tokens`. Avoided workers are used only where nobody else is left; for prefill never, as long as
+    a decode worker is there. `fingerprint` pins the model that began the request.
+    """
+    cached = cached_tokens or {}
+    usable = [
+        view for view in fleet if not view.is_draining and (fingerprint is None or view.fingerprint == fingerprint)
+    ]
+
+    def uncached(view: WorkerView) -> int:
+        return max(1, num_tokens - cached.get(view.key, 0))
+
+    def prefill_cost(view: WorkerView) -> tuple[object, ...]:
+        return view.num_waiting_tokens + uncached(view), view.num_seqs, view.num_routed, view.key
+
+    def decode_load(view: WorkerView) -> float:
+        """KV and batch slots in use with this prompt, each 0..1; infinite where it does not fit."""
+        blocks = math.ceil((num_tokens + 1) / view.block_size)
+        if blocks > view.num_free_blocks or view.num_seqs >= view.max_num_seqs:
+            return math.inf
+        used = 1.0 - (view.num_free_blocks - blocks) / max(1, view.num_blocks)
+        return round(used + view.num_seqs / max(1, view.max_num_seqs), 3)
+
+    def decode_cost(view: WorkerView) -> tuple[object, ...]:
+        load = decode_load(view)
+        return view.key in avoid, load, view.num_seqs if load == math.inf else view.num_routed, view.key
+
+    decoders = sorted((view for view in usable if view.role in _DECODE_ROLES), key=decode_cost)
+    prefillers = sorted(
+        (view for view in usable if view.role in _PREFILL_ROLES and view.key not in avoid), key=prefill_cost
+    )
+    if not decoders:  # every worker can do both: better one that was not meant to than none
+        rest = prefillers or sorted(usable, key=prefill_cost)
+        return Placement(decode=rest[0].key) if rest else None
+    if uncached(decoders[0]) <= local_prefill_max_tokens:
+        return Placement(decode=decoders[0].key)
+    for prefiller in prefillers:
+        peers = [view for view in decoders if view.group == prefiller.group]
+        if not peers:
+            continue
+        best = peers[0]
+        if prefiller.role == "mixed" and decode_load(prefiller) <= decode_load(best) + _TRANSFER_LOAD:
+            best = prefiller
+        return Placement(decode=best.key, prefill=None if best is prefiller else prefiller.key)
+    return Placement(decode=decoders[0].key)
+
+
+def another_decode(
+    fleet: Sequence[WorkerView], prefill: WorkerView, num_tokens: int, avoid: Collection[WorkerKey]
+) -> WorkerKey | None:
+    """A further decode worker for KV that is pinned at `prefill`; None if all are in `avoid`."""
+    peers = [
+        view
+        for view in fleet
+        if view.role in _DECODE_ROLES
+        and view.group == prefill.group
+        and view.key not in avoid
+        and view.key != prefill.key
+        and not view.is_draining
+    ]
+    if not peers:
+        return None
+    return min(peers, key=lambda view: (-view.num_free_blocks * view.block_size, view.num_seqs, view.key)).key
+
+
+class PrefixMemory:
+    """Which prefixes one worker has probably cached: the newest keys of what this router sent there.
+
+    A guess that costs nothing when wrong: the worker looks its own cache up.
+    """
+
+    def __init__(self, capacity_units: int) -> None:
+        self._capacity = max(1, capacity_units)
+        self._keys: OrderedDict[bytes, None] = OrderedDict()
+
+    def record(self, chain: Sequence[bytes]) -> None:
+        """The worker was sent a prompt with these keys (baton.prefix_hash)."""
+        for key in reversed(chain):  # the first units are the most shared: let them go last
+            self._keys[key] = None
+            self._keys.move_to_end(key)
+        while len(self._keys) > self._capacity:
+            self._keys.popitem(last=False)
+
+    def match(self, chain: Sequence[bytes]) -> int:
+        """Tokens of the longest known prefix."""
+        num_units = 0
+        for key in chain:
+            if key not in self._keys:
+                break
+            num_units += 1
+        return num_units * UNIT_TOKENS

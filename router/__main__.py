@@ -23,6 +23,7 @@ from baton.specs import RouterSpec, from_json
 
 def main() -> None:
     """Read the specification, open the doors, serve until told to stop."""
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # its notes on closed connections are not JSON
     timings = {"python_s": time.monotonic() - _process_start()}
     began = time.monotonic()
     link = ParentLink()
@@ -33,6 +34,7 @@ def main() -> None:
     try:
         spec = from_json(RouterSpec, first["spec"])
         log.setup(spec.log_level, role="router", router_id=spec.router_id)
+        logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
         http_socket = _listen(spec.host, spec.port)
     except (OSError, ValueError, KeyError, TypeError) as error:
         _fail(link, error)

@@ -298,9 +298,9 @@ class Attempt:
         start, fleet = self._start, self._fleet
         if start is None or start.hello is None:
             return  # on_lost has said so
-        views, here, num_tokens = fleet.views(), start.view(), len(self._token_ids)
-        key = another_decode(views, here, num_tokens, self._refused)
-        if key is None and another_decode(views, here, num_tokens, ()) is None:
+        views, here = fleet.views(), start.view()
+        key = another_decode(views, here, self._refused)
+        if key is None and another_decode(views, here, ()) is None:
             self.blamed = set(self._refused)
             self._fail(Unavailable("No decode worker is left."))
             return
@@ -313,7 +313,7 @@ class Attempt:
             return
         self._decode = link
         self._speaking.add(link)
-        link.open(self.id, self, prefill_tokens=0, kv_tokens=num_tokens)
+        link.open(self.id, self, prefill_tokens=0, kv_tokens=len(self._token_ids))
         self._work.timeline.decode_worker = link.worker_id
         start.send(pb.RouterMessage(redirect=pb.Redirect(attempt_id=self.id, decode_peer=_peer(link))))
 

@@ -76,7 +76,7 @@ class ChatTemplate:
             text = self._template.render(
                 **{**scope, "messages": messages, "add_generation_prompt": add_generation_prompt}
             )
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
             raise InvalidRequest(
                 f"The model's chat template refuses these messages: {error}", param="messages"
             ) from error

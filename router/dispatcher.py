@@ -87,7 +87,7 @@ class Generation:
                 while True:
                     events = await attempt.receive()
                     self._delivered.extend(event.token_id for event in events)
-                    work.timeline.token(dispatcher.clock.now(), len(events))
+                    work.timeline.tokens(dispatcher.clock.now(), len(events), events[0].num_cached_tokens)
                     yield events
                     if events[-1].finish_reason is not None:
                         return

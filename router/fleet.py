@@ -31,6 +31,7 @@ PROTOCOL: Final = 1
 SILENCE_S: Final = 1.5  # three heartbeats
 MIN_STALL_S: Final = 5.0  # busy without progress for this long, and 4 times longer than ever before: hung
 _HELLO_S: Final = 3.0
+_LEFT: Final = "it left the fleet"
 _STATUS_S: Final = 2.0
 _MAX_OUTBOX: Final = 20_000  # messages; a worker that reads that slowly is lost
 _MAX_CHAIN_UNITS: Final = 256  # of a prompt's prefix that placement looks at
@@ -215,7 +216,7 @@ class WorkerLink:
                 await asyncio.sleep(delay_s * random.uniform(0.7, 1.3))
                 delay_s = min(delay_s * 2, _BACKOFF_S[1])
         finally:
-            self._lose("it left the fleet")
+            self._lose(_LEFT)
 
     async def _session(self) -> None:
         """Connect, and read until it ends, which is always by WorkerLost (or cancellation)."""
@@ -280,8 +281,9 @@ class WorkerLink:
         if self.hello is None:
             self.why_lost = reason
             return
-        logger.warning(
-            "worker lost", extra={"worker_id": self.worker_id, "reason": reason, "attempts": len(self._sinks)}
+        level = logging.INFO if reason == _LEFT else logging.WARNING
+        logger.log(
+            level, "worker lost", extra={"worker_id": self.worker_id, "reason": reason, "attempts": len(self._sinks)}
         )
         self.why_lost = reason
         sinks, self._sinks = self._sinks, {}

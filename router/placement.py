@@ -120,9 +120,7 @@ def place(
     return Placement(decode=decoders[0].key)
 
 
-def another_decode(
-    fleet: Sequence[WorkerView], prefill: WorkerView, num_tokens: int, avoid: Collection[WorkerKey]
-) -> WorkerKey | None:
+def another_decode(fleet: Sequence[WorkerView], prefill: WorkerView, avoid: Collection[WorkerKey]) -> WorkerKey | None:
     """A further decode worker for KV that is pinned at `prefill`; None if all are in `avoid`."""
     peers = [
         view

@@ -54,10 +54,11 @@ class Timeline:
         if self.placed is None:
             self.placed = now
 
-    def token(self, now: float, count: int) -> None:
-        """`count` tokens were delivered at once."""
+    def tokens(self, now: float, count: int, num_cached_tokens: int) -> None:
+        """`count` tokens were delivered at once; the first of an attempt says what was cached."""
         if self.last_token is None:
             self.first_token = now
+            self.num_cached_tokens = num_cached_tokens
         else:
             self.intervals.append(now - self.last_token)
         self.intervals.extend([0.0] * (count - 1))

@@ -1,0 +1,162 @@
+"""Where attempts go."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from router.placement import Placement, PrefixMemory, WorkerKey, WorkerView, another_decode, place
+
+
+def view(name: str, role: str = "", **fields: Any) -> WorkerView:
+    roles = {"p": "prefill", "d": "decode", "m": "mixed"}
+    base = WorkerView(
+        key=WorkerKey(name, "1"),
+        role=role or roles[name[0]],
+        fingerprint="f",
+        kv_dtype="float32",
+        block_size=16,
+        num_blocks=100,
+        max_num_seqs=8,
+        is_draining=False,
+        num_waiting_tokens=0,
+        num_seqs=0,
+        num_free_blocks=100,
+    )
+    return dataclasses.replace(base, **fields)
+
+
+def names(placement: Placement | None) -> tuple[str | None, str] | None:
+    if placement is None:
+        return None
+    return placement.prefill and placement.prefill.worker_id, placement.decode.worker_id
+
+
+def test_a_prefill_and_a_decode_worker_are_paired() -> None:
+    assert names(place([view("p0"), view("d0")], 100)) == ("p0", "d0")
+
+
+def test_the_shorter_prefill_queue_wins() -> None:
+    fleet = [view("p0", num_waiting_tokens=500), view("p1", num_waiting_tokens=20), view("d0")]
+    assert names(place(fleet, 100)) == ("p1", "d0")
+
+
+def test_a_cached_prefix_outweighs_a_queue_of_its_length_and_no_longer_one() -> None:
+    cached = {WorkerKey("p0", "1"): 80}
+    assert names(place([view("p0", num_waiting_tokens=79), view("p1"), view("d0")], 100, cached_tokens=cached)) == (
+        "p0",
+        "d0",
+    )
+    assert names(place([view("p0", num_waiting_tokens=81), view("p1"), view("d0")], 100, cached_tokens=cached)) == (
+        "p1",
+        "d0",
+    )
+
+
+def test_idle_workers_take_turns() -> None:
+    fleet = [view("p0"), view("d0", num_routed=3), view("d1", num_routed=2)]
+    assert names(place(fleet, 100)) == ("p0", "d1")
+
+
+def test_decode_goes_where_the_kv_fits_then_to_the_emptiest() -> None:
+    full, half, crowded = (
+        view("d0", num_free_blocks=6),
+        view("d1", num_free_blocks=50),
+        view("d2", num_free_blocks=60, num_seqs=4),
+    )
+    assert names(place([view("p0"), full, half, crowded], 100)) == ("p0", "d1")
+    assert names(place([view("p0"), full], 100)) == ("p0", "d0"), "a full one is better than none"
+
+
+def test_without_prefill_workers_the_decode_worker_prefills() -> None:
+    assert names(place([view("d0")], 100)) == (None, "d0")
+    assert names(place([view("d0"), view("p0", is_draining=True)], 100)) == (None, "d0")
+
+
+def test_without_decode_workers_a_prefill_worker_does_both() -> None:
+    assert names(place([view("p0")], 100)) == (None, "p0")
+
+
+def test_nobody_is_nobody() -> None:
+    assert place([], 100) is None
+    assert place([view("d0", is_draining=True)], 100) is None
+
+
+def test_short_and_mostly_cached_prompts_stay_on_the_decode_worker() -> None:
+    fleet = [view("p0"), view("d0")]
+    assert names(place(fleet, 32, local_prefill_max_tokens=32)) == (None, "d0")
+    assert names(place(fleet, 33, local_prefill_max_tokens=32)) == ("p0", "d0")
+    cached = {WorkerKey("d0", "1"): 96}
+    assert names(place(fleet, 100, cached_tokens=cached, local_prefill_max_tokens=32)) == (None, "d0")
+
+
+def test_kv_goes_only_between_workers_of_one_group() -> None:
+    fleet = [view("p0"), view("d0", fingerprint="g"), view("d1", kv_dtype="bfloat16", num_free_blocks=90)]
+    assert names(place(fleet, 100)) == (None, "d0")
+    assert names(place([*fleet, view("d2", num_free_blocks=10)], 100)) == ("p0", "d2")
+
+
+def test_a_request_stays_with_the_model_that_began_it() -> None:
+    fleet = [view("p0", fingerprint="g"), view("d0"), view("d1", fingerprint="g")]
+    assert names(place(fleet, 100, fingerprint="g")) == ("p0", "d1")
+    assert place(fleet, 100, fingerprint="h") is None
+
+
+def test_a_mixed_worker_keeps_what_it_prefilled_unless_another_is_much_emptier() -> None:
+    assert names(place([view("m0"), view("m1", num_routed=1)], 100)) == (None, "m0")
+    crowded = view("m0", num_free_blocks=20, num_routed=0)
+    idle = view("m1", num_waiting_tokens=1000)
+    assert names(place([crowded, idle], 100)) == ("m0", "m1")
+
+
+def test_avoided_workers_are_used_only_where_nobody_else_is_left() -> None:
+    p0, p1, d0, d1 = view("p0"), view("p1"), view("d0"), view("d1")
+    assert names(place([p0, p1, d0, d1], 100, avoid={p0.key, d0.key})) == ("p1", "d1")
+    assert names(place([p0, d0], 100, avoid={d0.key})) == ("p0", "d0")
+    assert names(place([p0, d0], 100, avoid={p0.key, d0.key})) == (None, "d0"), "without the transfer that failed"
+    assert names(place([p0], 100, avoid={p0.key})) == (None, "p0")
+
+
+def test_another_decode_worker_is_one_that_has_not_refused() -> None:
+    p0, d0, d1, d2 = view("p0"), view("d0"), view("d1", num_free_blocks=5), view("d2", num_free_blocks=9)
+    assert d2.key == another_decode([p0, d0, d1, d2], p0, {d0.key})
+    assert another_decode([p0, d0], p0, {d0.key}) is None
+    assert another_decode([p0, view("d3", fingerprint="g"), view("d4", is_draining=True)], p0, ()) is None
+
+
+workers = st.builds(
+    view,
+    st.sampled_from(["p0", "p1", "d0", "d1", "m0", "m1"]),
+    is_draining=st.booleans(),
+    fingerprint=st.sampled_from("fg"),
+    num_waiting_tokens=st.integers(0, 1000),
+    num_seqs=st.integers(0, 10),
+    num_free_blocks=st.integers(0, 100),
+)
+
+
+@given(fleet=st.lists(workers, unique_by=lambda v: v.key), tokens=st.integers(1, 2000), local=st.integers(0, 100))
+def test_whoever_can_serve_does_and_pairs_always_match(fleet: list[WorkerView], tokens: int, local: int) -> None:
+    by_key = {v.key: v for v in fleet}
+    placement = place(fleet, tokens, local_prefill_max_tokens=local)
+    assert (placement is None) == all(v.is_draining for v in fleet)
+    if placement is not None:
+        decode = by_key[placement.decode]
+        assert not decode.is_draining
+        if placement.prefill is not None:
+            prefill = by_key[placement.prefill]
+            assert not prefill.is_draining
+            assert prefill.group == decode.group
+            assert prefill.key != decode.key
+
+
+def test_prefixes_are_remembered_up_to_a_capacity_shared_beginnings_longest() -> None:
+    memory = PrefixMemory(3)
+    memory.record([b"a", b"b", b"c"])
+    assert memory.match([b"a", b"b", b"c", b"d"]) == 48
+    memory.record([b"a", b"x"])
+    assert memory.match([b"a", b"x"]) == 32
+    assert memory.match([b"a", b"b", b"c"]) == 32

@@ -11,15 +11,27 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 
 _START_LIMIT_S = 60.0
 _QUIET_LIMIT_S = 10.0
+_EVENT_LIMIT_S = 30.0
+
+T = TypeVar("T")
+
+
+def eventually(look: Callable[[], T], what: str, limit_s: float = _EVENT_LIMIT_S) -> T:
+    """The first truthy result of `look`: for what another process will do, within a bound."""
+    deadline = time.monotonic() + limit_s
+    while not (found := look()):
+        assert time.monotonic() < deadline, f"not within {limit_s:g} s: {what}"
+        time.sleep(0.02)  # there is no event to wait for
+    return found
 
 
 @dataclass
@@ -42,6 +54,35 @@ class System:
     @property
     def log(self) -> str:
         return self.log_path.read_text()
+
+    def state_now(self) -> dict[str, Any]:
+        """The server's state file: `units` has the pids of every process as they are at this moment."""
+        (file,) = self.runtime_dir.glob("*/server.json")
+        return dict(json.loads(file.read_text()))
+
+    def finished_requests(self) -> list[dict[str, Any]]:
+        """The log lines of all finished requests, oldest first."""
+        whole = self.log.rpartition("\n")[0].splitlines()
+        return [json.loads(line) for line in whole if '"request finished"' in line]
+
+    def finished(self, request_id: str) -> dict[str, Any]:
+        """The one log line of a finished request, by our id or the client's; waits for it."""
+
+        def lines() -> list[dict[str, Any]]:
+            return [
+                line for line in self.finished_requests() if request_id in (line["request_id"], line["x_request_id"])
+            ]
+
+        (line,) = eventually(lines, f"the log line of {request_id}")
+        return line
+
+    def metrics(self) -> dict[str, float]:
+        """Every sample of /metrics, by its name and labels as they are written there."""
+        with self.client() as client:
+            answer = client.get("/metrics")
+            answer.raise_for_status()
+        samples = (line.rpartition(" ") for line in answer.text.splitlines() if not line.startswith("#"))
+        return {name: float(value) for name, _, value in samples}
 
     def client(self, **headers: str) -> httpx.Client:
         return httpx.Client(base_url=self.url, timeout=60, headers=headers, trust_env=False)
@@ -107,6 +148,8 @@ def serve(*args: str, launcher: str = "local", env: dict[str, str] | None = None
         yield system
         if process.poll() is None:
             system.audit()
+        request_ids = [line["request_id"] for line in system.finished_requests()]
+        assert len(set(request_ids)) == len(request_ids), "a request has left two log lines"
     finally:
         process.send_signal(signal.SIGTERM)
         try:

@@ -20,7 +20,7 @@ from cluster.run_dir import RunDir
 
 _STOP_LIMIT_S: Final = 90.0
 """The supervisor bounds its own stop by the configuration; this is for one that hangs."""
-_LEFTOVER_GRACE_S: Final = 1.0
+_LEFTOVER_GRACE_S: Final = 0.5
 EXIT_FAILED: Final = 1
 EXIT_USAGE: Final = 2
 _EXIT_INTERRUPTED: Final = 130
@@ -48,9 +48,10 @@ class _Guardian:
 
     def run(self, request: dict[str, Any]) -> int:
         process_tree.adopt_orphans()
-        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(signum) is not signal.SIG_IGN:  # nohup stays nohup
-                signal.signal(signum, self._on_signal)
+        signal.signal(signal.SIGINT, self._on_signal)
+        signal.signal(signal.SIGTERM, self._on_signal)
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup stays nohup
+            signal.signal(signal.SIGHUP, self._on_signal)
         signal.signal(signal.SIGALRM, self._on_alarm)
         status = EXIT_FAILED
         try:
@@ -94,7 +95,6 @@ class _Guardian:
     def _clean_up(self, status: int) -> None:
         is_unexpected = status not in (0, EXIT_USAGE) and not self._signals
         process_tree.end_descendants(grace_s=0.0 if self._signals > 1 else _LEFTOVER_GRACE_S)
-        run_dir.remove_shared_memory(self._run)
         logs = self._run.keep_logs() if is_unexpected else None
         self._run.remove()
         if is_unexpected and status < 0:
@@ -117,7 +117,6 @@ def _say(sentence: str) -> None:
 def clean_up_instead(run: RunDir) -> None:
     """What the guardian does at the end, done by a supervisor whose guardian was killed."""
     process_tree.end_descendants(grace_s=_LEFTOVER_GRACE_S)
-    run_dir.remove_shared_memory(run)
     run.remove()
 
 

@@ -39,6 +39,14 @@ class ProcessOrder:
 
 
 @dataclass(frozen=True, slots=True)
+class Started:
+    """The child runs. Always the first event of a process."""
+
+    process: str
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """The child said something."""
 
@@ -75,7 +83,7 @@ class Ended:
         return f"{how} ({self.last_words})" if self.last_words else how
 
 
-ProcessEvent = Report | LogLine | Ended
+ProcessEvent = Started | Report | LogLine | Ended
 
 
 class HostedProcess(asyncio.SubprocessProtocol):
@@ -115,14 +123,6 @@ class HostedProcess(asyncio.SubprocessProtocol):
         process.tell({"spec": order.spec})
         return process
 
-    @property
-    def pid(self) -> int:
-        """The child's process id."""
-        assert self._transport is not None
-        pid = self._transport.get_pid()
-        assert pid is not None
-        return pid
-
     def tell(self, message: dict[str, Any]) -> None:
         """Send one message; nothing happens if the child is gone."""
         if (pipe := self._stdin()) is not None and not pipe.is_closing():
@@ -152,6 +152,9 @@ class HostedProcess(asyncio.SubprocessProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """asyncio: the child runs."""
         self._transport = cast(asyncio.SubprocessTransport, transport)
+        pid = self._transport.get_pid()
+        assert pid is not None
+        self._on_event(Started(self.name, pid))
 
     def pipe_data_received(self, fd: int, data: bytes) -> None:
         """asyncio: the child wrote to stdout (reports) or stderr (its log)."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,6 @@ class LocalUnit:
     def state(self) -> UnitState:
         """What its processes said so far."""
         return self._state
-
-    @property
-    def pids(self) -> Mapping[str, int]:
-        """By process name."""
-        return {name: process.pid for name, process in self._processes.items()}
 
     async def start(self, log_dir: Path) -> None:
         """Start every process.

@@ -165,14 +165,8 @@ def remove_dead() -> list[str]:
     dead = [server for server in servers() if not server.is_alive]
     for server in dead:
         process_tree.kill(process_tree.marked_with(RUN_ID_ENV, server.run_dir.run_id))
-        remove_shared_memory(server.run_dir)
         server.run_dir.remove()
     return [server.run_dir.run_id for server in dead]
-
-
-def remove_shared_memory(run: RunDir) -> None:
-    """Delete what this run's Ray left in /dev/shm."""
-    del run
 
 
 def _read_json(file: Path) -> dict[str, Any] | None:

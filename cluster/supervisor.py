@@ -26,6 +26,7 @@ from cluster.banner import StartUp, banner
 from cluster.console import Console, choose_style
 from cluster.host import LogLine, Report
 from cluster.launcher_local import LocalLauncher
+from cluster.launcher_ray import RayLauncher
 from cluster.restart import RestartPolicy
 from cluster.run_dir import RunDir
 from cluster.topology import ROUTER, ModelChoice, Modules, WorkerPlan
@@ -92,9 +93,7 @@ class Supervisor:
         Raises:
             StartFailed: something did not come up, or too much of it was lost; nothing is left running.
         """
-        loop = asyncio.get_running_loop()
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(signum, self._on_signal)
+        self._take_signals()
         try:
             async with asyncio.TaskGroup() as group:
                 opening = group.create_task(self._open_launcher())
@@ -109,6 +108,10 @@ class Supervisor:
         finally:
             await self._launcher.close()
 
+    def _take_signals(self) -> None:
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(signum, self._on_signal)
+
     def _on_signal(self) -> None:
         if self._stop.is_set():
             os._exit(1)  # the guardian, or the kernel by way of the death signal, ends the rest
@@ -117,6 +120,7 @@ class Supervisor:
     async def _open_launcher(self) -> None:
         with self._start_up.step(self._config.cluster.launcher):
             await self._launcher.open()
+        self._take_signals()  # again: starting Ray replaces handlers
         self._is_open.set()
 
     async def _announce(self) -> None:
@@ -200,7 +204,7 @@ class Supervisor:
     def _on_up(self, name: str, unit: Unit, reports: dict[str, dict[str, Any]]) -> None:
         is_restart = self._ready[name].is_set()
         facts = self._facts.setdefault(name, {})
-        facts.update(reports=reports, pids=dict(unit.pids), state="ready")
+        facts.update(reports=reports, pids=dict(unit.state.pids), state="ready")
         facts.setdefault("ready_s", self._start_up.elapsed_s)
         self._ready[name].set()
         if name == ROUTER:
@@ -299,6 +303,9 @@ def _build(request: Request, console: Console) -> Supervisor:
     workers = topology.plan_workers(config, sorted(os.sched_getaffinity(0)))
     local = LocalLauncher(request.run.logs)
     launcher: Launcher = local
+    if config.cluster.launcher == "ray":
+        num_cpus = sum(plan.tp_size for plan in workers) * config.engine.threads_per_rank
+        launcher = RayLauncher(request.run, config.cluster.address, num_cpus)
     start_up.mark("configuration")
     return Supervisor(config, model, workers, launcher, local, console, request.run, secret, _modules(), start_up)
 
@@ -316,6 +323,16 @@ async def _serve(request: Request, console: Console) -> None:
     await _build(request, console).run()
 
 
+def _take_terminal(request: Request) -> Console:
+    """The terminal is for the console; what libraries print goes to a log file."""
+    console = Console(choose_style(request.log_format, sys.stderr), os.fdopen(os.dup(2), "w"))
+    log = os.open(request.run.logs / "supervisor.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
+    return console
+
+
 def _read_request() -> Request:
     asked = json.loads(sys.stdin.buffer.readline())
     return Request(
@@ -331,7 +348,7 @@ def main() -> int:
     me = process_tree.identify(os.getpid())
     assert me is not None
     request.run.write_state(supervisor=[me.pid, me.start_ticks])
-    console = Console(choose_style(request.log_format, sys.stderr))
+    console = _take_terminal(request)
     status = 0
     try:
         asyncio.run(_serve(request, console))
@@ -347,4 +364,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # No exit handlers: Ray's would try to shut its cluster down, which the guardian does faster and for certain.
+    os._exit(main())

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from cluster.host import Ended, LogLine, ProcessEvent, ProcessOrder, Report
+from cluster.host import Ended, LogLine, ProcessEvent, ProcessOrder, Report, Started
 
 
 class StartFailed(Exception):
@@ -52,7 +52,8 @@ class UnitState:
     on_log: Callable[[str, LogLine], None]
     ready: asyncio.Future[Mapping[str, Report]] = field(init=False)
     ended: asyncio.Future[str] = field(init=False)
-    running: dict[str, bool] = field(init=False)
+    pids: dict[str, int] = field(init=False, default_factory=dict)
+    """By process name; on the unit's node."""
     _reports: dict[str, Report] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -60,7 +61,6 @@ class UnitState:
         self.ready = loop.create_future()
         self.ready.add_done_callback(lambda future: future.cancelled() or future.exception())  # may go unread
         self.ended = loop.create_future()
-        self.running = dict.fromkeys((process.name for process in self.order.processes), True)
 
     def on_event(self, event: ProcessEvent) -> None:
         """Take an event of one of the processes."""
@@ -69,8 +69,9 @@ class UnitState:
                 self._take_report(event)
             case LogLine():
                 self.on_log(self.order.name, event)
+            case Started():
+                self.pids[event.process] = event.pid
             case Ended():
-                self.running[event.process] = False
                 self.lose(f"{event.process} {event.how}")
 
     def lose(self, how: str) -> None:
@@ -87,7 +88,7 @@ class UnitState:
             return
         if report.event == self.order.ready_event:
             self._reports[report.process] = report
-            if not self.ready.done() and len(self._reports) == len(self.running):
+            if not self.ready.done() and len(self._reports) == len(self.order.processes):
                 self.ready.set_result(dict(self._reports))
         self.on_report(report)
 
@@ -98,11 +99,6 @@ class Unit(Protocol):
     @property
     def state(self) -> UnitState:
         """What its processes said so far."""
-        ...
-
-    @property
-    def pids(self) -> Mapping[str, int]:
-        """By process name."""
         ...
 
     def tell(self, process: str, message: dict[str, Any]) -> None:

@@ -74,10 +74,9 @@ class LocalEngine:
         self._check(request)
         num_tokens, block_size = len(request.token_ids), self.config.block_size
         # Growth is bounded by what the sequence can ever use, so that a request that fits alone can be granted.
-        longest = min(self.max_len, request.num_prompt_tokens + request.sampling.max_tokens)
-        num_covered = -(-num_tokens // block_size) * block_size
-        with_growth = min(num_covered + self.config.decode_reserve_blocks * block_size, max(longest, num_tokens))
         seq = self._sequence(request, SeqState.RECEIVING)
+        num_covered = -(-num_tokens // block_size) * block_size
+        with_growth = min(num_covered + self.config.decode_reserve_blocks * block_size, seq.length_limit)
         if not self._scheduler.reserve(seq, with_growth):
             raise Overloaded(
                 f"no room for {num_tokens} tokens: {self._scheduler.pool.num_available} of {self.config.num_blocks} "
@@ -107,7 +106,7 @@ class LocalEngine:
         reason = self._finish_reason(seq, first.token_id)
         if reason is not None and first.finish_reason is None:
             raise TransferError(f"{attempt_id}: its first token ends it here ({reason}), but not where it was sampled")
-        seq.has_prefill_started = True  # elsewhere
+        seq.has_prefill_started = seq.has_prefill_finished = True  # elsewhere
         self._scheduler.start(seq)
         self._scheduler.computed(seq, seq.num_pending_tokens)
         seq.append(first.token_id)
@@ -210,7 +209,14 @@ class LocalEngine:
 
     def _sequence(self, request: GenerateRequest, state: SeqState, *, hold_kv: bool = False) -> Sequence:
         self._num_arrivals += 1
-        return Sequence(request, state, self._num_arrivals, eos_token_ids=self.config.eos_token_ids, hold_kv=hold_kv)
+        return Sequence(
+            request,
+            state,
+            self._num_arrivals,
+            max_len=self.max_len,
+            eos_token_ids=self.config.eos_token_ids,
+            hold_kv=hold_kv,
+        )
 
     def _entry(self, chunk: Chunk) -> BatchEntry:
         seq, num_tokens = chunk
@@ -245,16 +251,16 @@ class LocalEngine:
             if not seq.has_prefill_started:
                 seq.has_prefill_started = True
                 started.append(seq.attempt_id)
-            if seq.num_pending_tokens:  # not the last chunk of its prompt
+            if seq.num_computed_tokens < len(seq.token_ids):  # not the last chunk of its prompt
                 continue
             assert sampled is not None, f"the runner chose no token for {seq.attempt_id}"
-            index = seq.num_output_tokens
-            reason = self._finish_reason(seq, sampled.token_id)
-            seq.append(sampled.token_id)
-            num_cached = 0
-            if index == seq.request.num_delivered_tokens:
+            index, num_cached = seq.num_output_tokens, 0
+            if not seq.has_prefill_finished:
+                seq.has_prefill_finished = True
                 finished.append(seq.attempt_id)
                 num_cached = min(seq.num_cached_tokens or 0, seq.request.num_prompt_tokens)
+            reason = self._finish_reason(seq, sampled.token_id)
+            seq.append(sampled.token_id)
             events.append(TokenEvent(seq.attempt_id, index, sampled.token_id, sampled.logprobs, reason, num_cached))
             if reason is not None:
                 self._finish(seq)
@@ -265,12 +271,9 @@ class LocalEngine:
 
     def _finish_reason(self, seq: Sequence, token_id: int) -> FinishReason | None:
         """Why the sequence ends if `token_id` is its next token; None if it goes on."""
-        params, num_output = seq.request.sampling, seq.num_output_tokens
-        if token_id in seq.stop_token_ids and num_output >= params.min_tokens:
+        if token_id in seq.stop_token_ids and seq.num_output_tokens >= seq.request.sampling.min_tokens:
             return FinishReason.STOP
-        if num_output + 1 >= params.max_tokens or len(seq.token_ids) + 1 >= self.max_len:
-            return FinishReason.LENGTH
-        return None
+        return FinishReason.LENGTH if len(seq.token_ids) + 1 >= seq.length_limit else None
 
     def _finish(self, seq: Sequence) -> None:
         self._scheduler.finish(seq)

@@ -21,26 +21,21 @@ import heapq
 from bisect import bisect_left, insort
 from collections import Counter, deque
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from baton.prefix_hash import PrefixHasher
 from engine.block_pool import BlockPool
 from engine.sequence import Sequence
 from engine.types import EngineConfig, SeqState
 
-
-class Chunk(NamedTuple):
-    """Compute the next `num_tokens` tokens of a sequence."""
-
-    seq: Sequence
-    num_tokens: int
+Chunk: TypeAlias = tuple[Sequence, int]
+"""Compute so many of a sequence's next tokens."""
 
 
 class Schedule(NamedTuple):
     """One step's work, and what became of sequences on the way."""
 
     chunks: list[Chunk]
-    admitted: list[Sequence]
     preempted: list[Sequence]
 
 
@@ -90,6 +85,7 @@ class Scheduler:
         self.num_prefix_query_tokens = 0
         self.num_prefix_hit_tokens = 0
         self._config = config
+        self._block_size = config.block_size
         self._hasher = hasher
         self._waiting = WaitingQueue()
         self._running: list[Sequence] = []  # the best by (priority, arrival) first
@@ -128,10 +124,10 @@ class Scheduler:
     def computed(self, seq: Sequence, num_tokens: int) -> None:
         """KV of `num_tokens` more tokens is in place: count them and publish the blocks that they fill."""
         seq.num_computed_tokens += num_tokens
-        num_full = seq.num_computed_tokens // self._config.block_size
+        num_full = seq.num_computed_tokens // self._block_size
         if num_full > seq.num_published_blocks and self._config.enable_prefix_caching:
             for index in range(seq.num_published_blocks, num_full):
-                key = seq.block_key(index, self._hasher, self._config.block_size)
+                key = seq.block_key(index, self._hasher, self._block_size)
                 self.pool.publish(seq.block_table[index], key)
             seq.num_published_blocks = num_full
 
@@ -147,16 +143,16 @@ class Scheduler:
 
     def schedule(self) -> Schedule:
         """Choose the next step's chunks and take the blocks that they need."""
-        plan = Schedule([], [], [])
+        plan = Schedule([], [])
         budget = self._config.max_num_batched_tokens
         prefills: deque[Sequence] = deque()
         for seq in tuple(self._running):
             if seq.state is not SeqState.RUNNING:  # preempted a moment ago: victims come after whom they give way to
                 continue
-            if seq.num_pending_tokens > 1:
+            if len(seq.token_ids) - seq.num_computed_tokens > 1:
                 prefills.append(seq)
             elif budget and self._grow(seq, plan.preempted):
-                plan.chunks.append(Chunk(seq, 1))
+                plan.chunks.append((seq, 1))
                 budget -= 1
         is_blocked = False
         while budget:
@@ -165,14 +161,13 @@ class Scheduler:
                 if not self._admit(head):
                     is_blocked = True
                     continue
-                plan.admitted.append(head)
                 seq = head
             elif prefills:
                 seq = prefills.popleft()
             else:
                 break
             num_tokens = min(budget, seq.num_pending_tokens)
-            plan.chunks.append(Chunk(seq, num_tokens))
+            plan.chunks.append((seq, num_tokens))
             budget -= num_tokens
         return plan
 
@@ -198,7 +193,7 @@ class Scheduler:
             return False
         seq.block_table, num_matched = found
         seq.num_published_blocks = num_matched
-        seq.num_computed_tokens = num_matched * self._config.block_size
+        seq.num_computed_tokens = num_matched * self._block_size
         if seq.num_cached_tokens is None:  # a preempted sequence that finds its own blocks is no hit
             seq.num_cached_tokens = seq.num_computed_tokens
             self.num_prefix_query_tokens += len(seq.token_ids)
@@ -207,7 +202,7 @@ class Scheduler:
 
     def _grow(self, seq: Sequence, preempted: list[Sequence]) -> bool:
         """A place for the KV of a decode's one token; False if the sequence had to preempt itself."""
-        while len(seq.block_table) * self._config.block_size <= seq.num_computed_tokens:
+        while len(seq.block_table) * self._block_size <= seq.num_computed_tokens:
             found = self.pool.acquire((), 1, SeqState.RUNNING)
             if found is not None:
                 seq.block_table += found[0]
@@ -251,11 +246,10 @@ class Scheduler:
         """Keys of the blocks that the first `num_tokens` tokens fill; none if nothing may be shared."""
         if not self._config.enable_prefix_caching:
             return iter(())
-        block_size = self._config.block_size
-        return (seq.block_key(index, self._hasher, block_size) for index in range(num_tokens // block_size))
+        return (seq.block_key(index, self._hasher, self._block_size) for index in range(num_tokens // self._block_size))
 
     def _blocks_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self._config.block_size)
+        return -(-num_tokens // self._block_size)
 
 
 def _order(seq: Sequence) -> tuple[int, int]:

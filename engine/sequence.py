@@ -7,7 +7,7 @@ from typing import Final
 
 from baton.kv_layout import UNIT_TOKENS
 from baton.prefix_hash import PrefixHasher
-from baton.request import GenerateRequest, SamplingParams
+from baton.request import GenerateRequest
 from engine.types import SeqState
 
 _NEXT: Final[Mapping[SeqState, frozenset[SeqState]]] = {
@@ -36,8 +36,11 @@ class Sequence:
         "banned_token_ids",
         "block_keys",
         "block_table",
+        "has_penalty",
+        "has_prefill_finished",
         "has_prefill_started",
         "hold_kv",
+        "length_limit",
         "num_cached_tokens",
         "num_computed_tokens",
         "num_published_blocks",
@@ -56,6 +59,7 @@ class Sequence:
         state: SeqState,
         arrival: int,
         *,
+        max_len: int,
         eos_token_ids: tuple[int, ...] = (),
         hold_kv: bool = False,
     ) -> None:
@@ -73,14 +77,18 @@ class Sequence:
         self.num_computed_tokens = 0
         self.num_published_blocks = 0
         self.has_prefill_started = False
+        self.has_prefill_finished = False
         self.num_cached_tokens: int | None = None
         """Tokens found in the prefix cache at the first admission; None before it."""
+        self.length_limit = min(max_len, request.num_prompt_tokens + params.max_tokens)
+        """The sequence ends with LENGTH when it has this many tokens."""
         self.stop_token_ids = frozenset(params.stop_token_ids + (() if params.ignore_eos else eos_token_ids))
         self.banned_token_ids = tuple(sorted(self.stop_token_ids)) if params.min_tokens > 0 else ()
         """What can not be chosen before `min_tokens` output tokens exist."""
         self.prompt_token_ids: tuple[int, ...] = ()
         self.output_token_ids: list[int] = []
-        if has_penalty(params):  # only then are the two lists kept
+        self.has_penalty = (params.presence_penalty, params.frequency_penalty, params.repetition_penalty) != (0, 0, 1)
+        if self.has_penalty:  # only then are the two lists kept
             self.prompt_token_ids = request.token_ids[: request.num_prompt_tokens]
             self.output_token_ids = list(request.token_ids[request.num_prompt_tokens :])
 
@@ -102,7 +110,7 @@ class Sequence:
     def append(self, token_id: int) -> None:
         """One more output token; its KV is not computed yet."""
         self.token_ids.append(token_id)
-        if has_penalty(self.request.sampling):
+        if self.has_penalty:
             self.output_token_ids.append(token_id)
 
     def block_key(self, index: int, hasher: PrefixHasher, block_size: int) -> bytes:
@@ -117,8 +125,3 @@ class Sequence:
                 parent = hasher.extend(parent, self.token_ids[start : start + UNIT_TOKENS])
             self.block_keys.append(parent)
         return self.block_keys[index]
-
-
-def has_penalty(params: SamplingParams) -> bool:
-    """Does choosing a token need to know the earlier ones?"""
-    return params.presence_penalty != 0 or params.frequency_penalty != 0 or params.repetition_penalty != 1

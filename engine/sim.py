@@ -6,17 +6,22 @@ import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 import xxhash
 
 from baton.clock import Clock, SystemClock
-from baton.kv_layout import KVGeometry, KVLayout, LayerSpec, ModelKV
+from baton.kv_layout import UNIT_TOKENS, KVGeometry, KVLayout, LayerSpec, ModelKV
 from baton.request import SamplingParams, TokenLogprobs
 from engine import telltale
 from engine.kv_memory import KVMemory
 from engine.telltale import WORD_BYTES, Lanes, Words
 from engine.types import BatchEntry, Sampled, SampleSpec, StepHook, StepPlan
+
+_PIECE_BYTES: Final = 2**16
+"""KV is read in pieces that stay in a core's cache."""
 
 
 class TellTaleMismatch(Exception):
@@ -96,7 +101,7 @@ class SimRunner:
             begin = layout.layer_offset(layer)
             part = self._memory.view[begin : begin + layout.block_bytes(layer) * geometry.num_blocks]
             self._layers.append(np.frombuffer(part, dtype="<u8").reshape(shape))
-            self._lanes.append(Lanes(layer, heads, num_words))
+            self._lanes.append(Lanes(layer, heads, num_words, geometry.block_size))
 
     def kv_buffer(self) -> memoryview:
         """The whole pool."""
@@ -130,7 +135,7 @@ class SimRunner:
         self._layers = []
         self._memory.close()
 
-    def _compute(self, plan: StepPlan) -> tuple[Words, np.ndarray, np.ndarray]:
+    def _compute(self, plan: StepPlan) -> tuple[Words, npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """States of all new positions of the step, and the block and offset of each: three arrays [num_tokens]."""
         block_size = self.layout.geometry.block_size
         states: list[int] = []
@@ -157,46 +162,67 @@ class SimRunner:
         return int(self._lanes[0].states(first_word)[0])
 
     def _sample(self, entry: BatchEntry, sample: SampleSpec) -> Sampled | None:
+        """Read all KV of the sequence once; verify it if asked to; on rank 0, choose the token that it stands for."""
+        block_size = self.layout.geometry.block_size
         num_tokens = entry.start + len(entry.token_ids)
-        table = np.array(entry.block_table[: -(-num_tokens // self.layout.geometry.block_size)], dtype=np.int64)
-        if self._verify_all:
-            self._verify(entry, table, num_tokens)
-        if self.layout.tp_rank:
-            return None
-        return choose(self._read(table, num_tokens), sample, self._vocab_size)
-
-    def _read(self, table: np.ndarray, num_tokens: int) -> int:
-        """64-bit digest of head 0 of all layers and halves for tokens [0, num_tokens), in token order."""
+        table = np.array(entry.block_table[: -(-num_tokens // block_size)], dtype=np.int64)
+        states = self._verified_states(entry, table, num_tokens) if self._verify_all else None
         digest = xxhash.xxh3_64()
-        for pool in self._layers:
-            halves = pool[:, :, 0].swapaxes(0, 1)[:, table]  # [half, block, token in block, word]
-            vectors = halves.reshape(2, -1, halves.shape[-1])[:, :num_tokens]
-            digest.update(np.ascontiguousarray(vectors).data)
-        return int(digest.intdigest())
+        for layer, pool in enumerate(self._layers):
+            at_once = max(1, _PIECE_BYTES // self.layout.block_bytes(layer))
+            for first in range(0, len(table), at_once):
+                stored = pool[table[first : first + at_once]]  # [block, half, head, token in block, word]
+                num_left = num_tokens - first * block_size
+                if states is not None:
+                    self._verify(entry, layer, stored, states[first : first + at_once], first, num_left)
+                if self.layout.tp_rank == 0:
+                    _update(digest, stored[:, :, 0], num_left)
+        return choose(digest.intdigest(), sample, self._vocab_size) if self.layout.tp_rank == 0 else None
 
-    def _verify(self, entry: BatchEntry, table: np.ndarray, num_tokens: int) -> None:
-        """Compare every byte of the sequence in this rank's pool with what its tokens make it."""
-        states: Words | None = None
-        for layer, (pool, lanes) in enumerate(zip(self._layers, self._lanes, strict=True)):
-            stored = pool[table].transpose(0, 3, 1, 2, 4).reshape(-1, *lanes.shape)[:num_tokens]
-            if states is None:
-                states = lanes.states(stored[:, 0, 0, 0])
-                is_right = telltale.tokens_between(self._root(entry), states) < self._vocab_size
-            else:
-                is_right = np.ones(num_tokens, dtype=np.bool_)
-            is_right &= (stored == lanes.words(states)).all(axis=(1, 2, 3))
-            if not is_right.all():
-                position = int(np.argmin(is_right))
-                block_size = self.layout.geometry.block_size
-                raise TellTaleMismatch(
-                    f"{entry.attempt_id}: rank {self.layout.tp_rank}, layer {layer}, position {position} "
-                    f"(block {entry.block_table[position // block_size]}) of {num_tokens}"
-                )
+    def _verified_states(self, entry: BatchEntry, table: npt.NDArray[np.int64], num_tokens: int) -> Words:
+        """States [block, token in block] as layer 0 has them; the first `num_tokens` must follow each other."""
+        states = self._lanes[0].states(self._layers[0][table, 0, 0, :, 0])
+        tokens = telltale.tokens_between(self._root(entry), states.reshape(-1)[:num_tokens])
+        self._check(entry, 0, 0, tokens < self._vocab_size)
+        return states
+
+    def _verify(
+        self, entry: BatchEntry, layer: int, stored: Words, states: Words, first_block: int, num_tokens: int
+    ) -> None:
+        """Compare every byte of the first `num_tokens` tokens of some blocks with what their states make it."""
+        is_right = stored == self._lanes[layer].blocks(states)
+        if not is_right.all():  # perhaps only after the last token
+            is_right = is_right.all(axis=(1, 2, 4)).reshape(-1)[:num_tokens]
+            self._check(entry, layer, first_block * self.layout.geometry.block_size, is_right)
+
+    def _check(self, entry: BatchEntry, layer: int, first: int, is_right: npt.NDArray[np.bool_]) -> None:
+        """Raise if any position from `first` on is not right."""
+        if not is_right.all():
+            position = first + int(np.argmin(is_right))
+            block = entry.block_table[position // self.layout.geometry.block_size]
+            raise TellTaleMismatch(
+                f"{entry.attempt_id}: rank {self.layout.tp_rank}, layer {layer}, position {position} (block {block})"
+            )
 
     def _wait_until(self, when: float) -> None:
         remaining_s = when - self._clock.now()
         if remaining_s > 0:
             self._sleep(remaining_s)
+
+
+def _update(digest: xxhash.xxh3_64, vectors: Words, num_tokens: int) -> None:
+    """Hash the first `num_tokens` tokens of [block, half, token in block, word], unit by unit.
+
+    The order is [unit][half][token in unit][word], which is the same for all block sizes.
+    """
+    num_blocks, _, block_size, num_words = vectors.shape
+    if block_size > UNIT_TOKENS:
+        per_unit = vectors.reshape(num_blocks, 2, -1, UNIT_TOKENS, num_words)
+        vectors = per_unit.swapaxes(1, 2).reshape(-1, 2, UNIT_TOKENS, num_words)
+    num_full, num_rest = divmod(num_tokens, UNIT_TOKENS)
+    digest.update(np.ascontiguousarray(vectors[:num_full]).data)
+    if num_rest and num_full < len(vectors):
+        digest.update(np.ascontiguousarray(vectors[num_full, :, :num_rest]).data)
 
 
 def choose(digest: int, sample: SampleSpec, vocab_size: int) -> Sampled:

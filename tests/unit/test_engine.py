@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
+import random
 from typing import Any
 
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from baton.clock import ManualClock
 from baton.errors import InvalidRequest, Overloaded, PromptTooLong, TransferError
@@ -75,6 +75,16 @@ def test_block_size_and_tp_do_not_change_the_tokens(block_size: int, tp_size: in
     engine.add(req)
     engine.drain()
     assert engine.tokens(req.attempt_id) == alone(req)
+
+
+def test_block_size_does_not_change_the_tokens_of_a_long_prompt() -> None:
+    req = request("a", prompt(1, 1010), max_tokens=20)
+    engines = [SimEngine(num_blocks, block_size) for num_blocks, block_size in ((80, 16), (30, 48), (10, 256))]
+    for engine in engines:
+        engine.add(req)
+        engine.drain()
+    tokens = [engine.tokens(req.attempt_id) for engine in engines]
+    assert tokens[0] == tokens[1] == tokens[2]
 
 
 def test_a_batch_does_not_change_the_tokens() -> None:
@@ -155,6 +165,7 @@ def test_preemption_does_not_change_the_tokens(enable_prefix_caching: bool) -> N
         engine.add(req)
     engine.drain()
     assert engine.stats().num_preemptions > 0
+    assert (engine.stats().num_prefix_hit_tokens, engine.stats().num_prefix_query_tokens) == (0, 6 * 20)
     for req in requests:
         assert engine.tokens(req.attempt_id) == alone(req)
         assert [event.index for event in engine.events[req.attempt_id]] == list(range(50))
@@ -170,6 +181,19 @@ def test_a_resumed_attempt_goes_on_where_the_client_stopped() -> None:
     engine.drain()
     assert engine.tokens(resumed.attempt_id) == expected[7:]
     assert [event.index for event in engine.events[resumed.attempt_id]] == list(range(7, 20))
+
+
+def test_cached_tokens_are_counted_within_the_prompt() -> None:
+    engine = SimEngine()
+    whole = request("a", prompt(1, 40), max_tokens=20)
+    engine.add(whole)
+    engine.drain()
+    resumed = request("b", prompt(1, 40), delivered=engine.tokens(whole.attempt_id)[:15], max_tokens=20)
+    engine.add(resumed)
+    assert engine.step().num_tokens == 55 - 48
+    engine.drain()
+    engine.add(request("c", prompt(1, 40), delivered=engine.tokens(whole.attempt_id)[:15], max_tokens=20))
+    assert [event.num_cached_tokens for event in engine.step_once()] == [40]
 
 
 def test_seeds_matter_only_with_a_temperature() -> None:
@@ -463,73 +487,91 @@ def test_abort_ends_a_sequence_in_each_state() -> None:
 
 # Random lives.
 
-PROMPTS = [prompt(1, 5), prompt(1, 40), prompt(1, 70), prompt(2, 33), prompt(1, 32) + prompt(3, 20)]
-
-REQUESTS: dict[str, Any] = {
-    "which": st.integers(0, len(PROMPTS) - 1),
-    "delivered": st.sampled_from([0, 0, 3]),
-    "max_tokens": st.integers(4, 30),
-    "priority": st.integers(0, 1),
-}
+PROMPTS = [prompt(1, 5), prompt(4, 9), prompt(2, 15), prompt(1, 40), prompt(1, 32) + prompt(3, 20)]
+MAX_TOKENS = 60
 
 
 @functools.cache
-def expected(which: int, num_delivered: int, max_tokens: int) -> tuple[int, ...]:
-    """All output tokens of an undisturbed run."""
-    tokens = tuple(alone(request("x", PROMPTS[which], max_tokens=30)))
-    return tokens[num_delivered:max_tokens]
+def expected(which: int) -> list[int]:
+    """What an undisturbed run generates."""
+    return alone(request("x", PROMPTS[which], max_tokens=MAX_TOKENS))
 
 
-class EngineMachine(RuleBasedStateMachine):
+class Life:
     """Everything a worker can do to its engine, in any order, with a pool too small for comfort."""
 
-    @initialize(num_blocks=st.integers(6, 20), budget=st.integers(1, 64), max_num_seqs=st.integers(1, 6))
-    def start(self, num_blocks: int, budget: int, max_num_seqs: int) -> None:
-        self.engine = SimEngine(num_blocks, max_num_batched_tokens=budget, max_num_seqs=max_num_seqs)
-        self.sender = SimEngine(64)
-        self.alive: dict[AttemptId, tuple[int, int, int]] = {}
-        self.held: list[AttemptId] = []
+    def __init__(self, rng: random.Random) -> None:
+        self.rng = rng
+        self.engine = SimEngine(
+            rng.randint(5, 12),
+            max_num_batched_tokens=rng.choice([3, 16, 40, 200]),
+            max_num_seqs=rng.randint(2, 6),
+            enable_prefix_caching=rng.random() < 0.8,
+        )
+        self.sender = SimEngine(200)
+        self.alive: dict[AttemptId, tuple[int, GenerateRequest]] = {}
         self.receiving: dict[AttemptId, tuple[Reservation, TokenEvent]] = {}
         self.quarantined: list[AttemptId] = []
+        self.held: list[AttemptId] = []
         self.count = 0
 
-    def _request(self, which: int, delivered: int, max_tokens: int, priority: int) -> GenerateRequest:
-        self.count += 1
-        tokens = expected(which, 0, delivered)
-        return request(str(self.count), PROMPTS[which], delivered=tokens, max_tokens=max_tokens, priority=priority)
+    def live(self, num_actions: int) -> None:
+        """Random actions, then a peaceful end."""
+        actions = [self.add, self.reserve, self.end_of_transfer, self.quiesced, self.abort, self.release, self.steps]
+        for _ in range(num_actions):
+            self.rng.choices(actions, weights=[3, 3, 4, 2, 1, 2, 8])[0]()
+            audit_ledger(self.engine)
+        while self.receiving:
+            self.end_of_transfer()
+        while self.quarantined:
+            self.quiesced()
+        while self.engine.has_work() or self.held:
+            self.steps()
+            self.release()
+        audit(self.engine)
+        assert not self.alive
 
-    @rule(hold_kv=st.booleans(), **REQUESTS)
-    def add(self, hold_kv: bool, which: int, delivered: int, max_tokens: int, priority: int) -> None:
-        req = self._request(which, delivered, max_tokens, priority)
-        if len(req.token_ids) >= self.engine.max_len:
-            return
+    def draw(self) -> tuple[int, GenerateRequest]:
+        """A request, perhaps of an attempt that resumes."""
+        self.count += 1
+        which = self.rng.randrange(len(PROMPTS))
+        num_delivered = self.rng.choice([0, 0, 3])
+        return which, request(
+            str(self.count),
+            PROMPTS[which],
+            delivered=expected(which)[:num_delivered],
+            max_tokens=self.rng.randint(num_delivered + 1, MAX_TOKENS),
+            priority=self.rng.randrange(2),
+        )
+
+    def add(self) -> None:
+        which, req = self.draw()
+        hold_kv = self.rng.random() < 0.2
         self.engine.add(req, hold_kv=hold_kv)
-        self.alive[req.attempt_id] = (which, delivered, max_tokens)
+        self.alive[req.attempt_id] = (which, req)
         if hold_kv:
             self.held.append(req.attempt_id)
 
-    @rule(**REQUESTS)
-    def reserve(self, which: int, delivered: int, max_tokens: int, priority: int) -> None:
-        req = self._request(which, delivered, max_tokens, priority)
+    def reserve(self) -> None:
+        which, req = self.draw()
         try:
             reservation = self.engine.reserve(req)
-        except (Overloaded, PromptTooLong):
+        except Overloaded:
             return
         first = prefill(self.sender, req)
-        if first.finish_reason is not None or len(req.token_ids) + 1 >= self.engine.max_len:
+        if first.finish_reason is not None:
             self.engine.abort(req.attempt_id)
-            self.engine.quiesced(req.attempt_id)
-            self.sender.abort(req.attempt_id)
-            return
-        self.receiving[req.attempt_id] = (reservation, first)
-        self.alive[req.attempt_id] = (which, delivered, max_tokens)
+            self.quarantined.append(req.attempt_id)
+        else:
+            self.receiving[req.attempt_id] = (reservation, first)
+            self.alive[req.attempt_id] = (which, req)
 
-    @precondition(lambda self: self.receiving)
-    @rule(data=st.data(), is_whole=st.booleans())
-    def end_of_transfer(self, data: st.DataObject, is_whole: bool) -> None:
-        attempt_id = data.draw(st.sampled_from(list(self.receiving)))
+    def end_of_transfer(self) -> None:
+        if not self.receiving:
+            return
+        attempt_id = self.rng.choice(list(self.receiving))
         reservation, first = self.receiving.pop(attempt_id)
-        if is_whole:
+        if self.rng.random() < 0.8:
             transfer(self.sender, self.engine, reservation)
             self.engine.commit(attempt_id, first)
             self.engine.events[attempt_id] = [first]
@@ -539,67 +581,48 @@ class EngineMachine(RuleBasedStateMachine):
             self.quarantined.append(attempt_id)
         self.sender.release(attempt_id)
 
-    @precondition(lambda self: self.quarantined)
-    @rule()
     def quiesced(self) -> None:
-        self.engine.quiesced(self.quarantined.pop())
+        if self.quarantined:
+            self.engine.quiesced(self.quarantined.pop())
 
-    @precondition(lambda self: self.alive)
-    @rule(data=st.data())
-    def abort(self, data: st.DataObject) -> None:
-        attempt_id = data.draw(st.sampled_from([name for name in self.alive if name not in self.receiving] or [None]))
-        if attempt_id is not None:
+    def abort(self) -> None:
+        if candidates := [attempt_id for attempt_id in self.alive if attempt_id not in self.receiving]:
+            attempt_id = self.rng.choice(candidates)
             self.engine.abort(attempt_id)
-            del self.alive[attempt_id]
+            self.forget(attempt_id)
 
-    @precondition(lambda self: self.engine.stats().seqs_by_state["held"])
-    @rule()
     def release(self) -> None:
-        for attempt_id in self.held:
-            if self.engine.tokens(attempt_id):
-                self.engine.release(attempt_id)
+        for attempt_id in [attempt_id for attempt_id in self.held if self.engine.tokens(attempt_id)]:
+            self.engine.release(attempt_id)
+            self.forget(attempt_id)
 
-    @rule(count=st.integers(1, 10))
-    def steps(self, count: int) -> None:
-        for _ in range(count):
+    def steps(self) -> None:
+        for _ in range(self.rng.choice([1, 2, 10, 30])):
             had_work = self.engine.has_work()
             result = self.engine.step()
-            assert had_work or not result.num_tokens
-            assert not had_work or result.num_tokens or result.preempted
+            assert bool(result.num_tokens or result.preempted) == had_work
             for event in result.events:
                 self.engine.events.setdefault(event.attempt_id, []).append(event)
                 self.check(event)
 
     def check(self, event: TokenEvent) -> None:
-        which, delivered, max_tokens = self.alive[event.attempt_id]
-        events = self.engine.events[event.attempt_id]
-        assert [each.index for each in events] == list(range(delivered, delivered + len(events)))
-        tokens = tuple(each.token_id for each in events)
-        assert tokens == expected(which, delivered, max_tokens)[: len(tokens)]
-        length = len(PROMPTS[which]) + delivered + len(tokens)
-        is_last = delivered + len(tokens) == max_tokens or length == self.engine.max_len
+        which, req = self.alive[event.attempt_id]
+        assert event.token_id == expected(which)[event.index]
+        assert event.index == req.num_delivered_tokens + len(self.engine.events[event.attempt_id]) - 1
+        is_last = (
+            event.index + 1 == req.sampling.max_tokens or len(PROMPTS[which]) + event.index + 1 == self.engine.max_len
+        )
         assert (event.finish_reason is FinishReason.LENGTH) == is_last
+        if is_last:
+            self.forget(event.attempt_id)
 
-    @invariant()
-    def the_ledger_is_right(self) -> None:
-        if hasattr(self, "engine"):
-            audit_ledger(self.engine)
-
-    def teardown(self) -> None:
-        if not hasattr(self, "engine"):
-            return
-        for attempt_id in list(self.receiving):
-            self.engine.abort(attempt_id)
-            self.engine.quiesced(attempt_id)
-        for attempt_id in self.quarantined:
-            self.engine.quiesced(attempt_id)
-        while self.engine.has_work() or self.engine.stats().seqs_by_state["held"]:
-            self.steps(1)
-            self.release()
-        audit(self.engine)
-        self.engine.runner.close()
-        self.sender.runner.close()
+    def forget(self, attempt_id: AttemptId) -> None:
+        del self.alive[attempt_id]
+        if attempt_id in self.held:
+            self.held.remove(attempt_id)
 
 
-TestEngineLives = EngineMachine.TestCase
-TestEngineLives.settings = settings(max_examples=25, stateful_step_count=30, deadline=None)
+@settings(max_examples=25, deadline=None)
+@given(rng=st.randoms(use_true_random=True))
+def test_no_life_leaks_or_changes_a_token(rng: random.Random) -> None:
+    Life(rng).live(num_actions=80)

@@ -70,7 +70,7 @@ def test_the_end_is_reachable_from_every_state() -> None:
 
 
 def test_a_forbidden_change_of_state_is_noticed() -> None:
-    seq = Sequence(request("a", [1]), SeqState.HELD, 1)
+    seq = Sequence(request("a", [1]), SeqState.HELD, 1, max_len=9)
     with pytest.raises(AssertionError, match="held -> running"):
         seq.move_to(SeqState.RUNNING)
 
@@ -250,7 +250,7 @@ def test_a_blocked_head_is_no_work() -> None:
 
 def test_aborted_requests_do_not_stay_in_the_queue() -> None:
     queue = WaitingQueue()
-    seqs = [Sequence(request(str(index), [1]), SeqState.WAITING, index) for index in range(1000)]
+    seqs = [Sequence(request(str(index), [1]), SeqState.WAITING, index, max_len=9) for index in range(1000)]
     for seq in seqs:
         queue.push(seq)
     for seq in seqs[1:]:

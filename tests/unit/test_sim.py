@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -160,6 +161,15 @@ def test_every_byte_of_every_rank_is_verified(byte: int, flip: int) -> None:
         sim.run(plan(entry(start=59)))
 
 
+def test_the_wrong_position_of_a_long_sequence_is_named() -> None:
+    tokens, table = prompt(1, 700), list(range(44))
+    sim = runner(verify_all=True, num_blocks=44)
+    sim.run(plan(entry(end=699, tokens=tokens, table=table)))
+    head_view(sim, 2, 1)[table[39], 1, 7, 5] ^= 1
+    with pytest.raises(TellTaleMismatch, match=r"rank 0, layer 2, position 631 \(block 39\)"):
+        sim.run(plan(entry(start=699, end=700, tokens=tokens, table=table)))
+
+
 def test_bytes_after_the_last_token_do_not_matter() -> None:
     sim = prefilled(verify_all=True)
     head_view(sim, 0, 0)[TABLE[3], :, 12:] = 255
@@ -182,7 +192,7 @@ def test_a_stale_last_position_changes_all_that_follows() -> None:
 
 
 @pytest.mark.parametrize("other", [{"tenant": "t"}, {"salt": "s"}, {"tenant": "s", "salt": "t"}])
-def test_tenant_and_salt_are_in_every_byte(other: dict[str, str]) -> None:
+def test_tenant_and_salt_are_in_every_byte(other: dict[str, Any]) -> None:
     mine, theirs = runner(), runner()
     assert token(mine, entry()) != token(theirs, entry(**other))
     words = [np.frombuffer(sim.kv_buffer(), dtype=np.uint64) for sim in (mine, theirs)]

@@ -176,7 +176,18 @@ BATON_INLINE f32x16 exp2(f32x16 x) {
 }
 
 constexpr float kLog2E = 1.44269504f;
-BATON_INLINE f32x16 silu(f32x16 x) { return x / (1.f + exp2(x * -kLog2E)); }
+
+// 1 / x to within two units in the last place: dividing takes 16 cycles, this 3.
+BATON_INLINE f32x16 reciprocal(f32x16 x) {
+#if defined(__AVX512F__)
+  const f32x16 guess = (f32x16)_mm512_rcp14_ps((__m512)x);
+  const f32x16 better = guess * (2.f - x * guess);
+  return x == __builtin_inff() ? splat(0.f) : better;  // where inf * 0 would be NaN
+#else
+  return 1.f / x;
+#endif
+}
+BATON_INLINE f32x16 silu(f32x16 x) { return x * reciprocal(1.f + exp2(x * -kLog2E)); }
 
 BATON_INLINE void prefetch_l1(const void* p) { __builtin_prefetch(p, 0, 3); }
 BATON_INLINE void prefetch_l2(const void* p) { __builtin_prefetch(p, 0, 2); }

@@ -79,14 +79,24 @@ constexpr bool kHasTiles = sizeof(T) < 4;
     }                                          \
   } while (0)
 
+// K tiles [0, num_k_tiles) from the given addresses on; `is_first`: `out` is overwritten, not added to.
 template <class T, bool kTwo, Prefetch kFetch>
-BATON_INLINE void tile_block(const char* a0, const char* a1, int a_step, const char* b, int num_k_tiles, Block& out,
-                             FetchPlan fetch) {
-  _tile_zero(0);
-  _tile_zero(1);
-  if constexpr (kTwo) {
-    _tile_zero(2);
-    _tile_zero(3);
+BATON_INLINE void tile_block(const char* a0, const char* a1, int a_step, const char* b, int num_k_tiles, bool is_first,
+                             Block& out, FetchPlan fetch) {
+  if (is_first) {
+    _tile_zero(0);
+    _tile_zero(1);
+    if constexpr (kTwo) {
+      _tile_zero(2);
+      _tile_zero(3);
+    }
+  } else {
+    _tile_loadd(0, out.bytes, kPanel * 4);
+    _tile_loadd(1, out.bytes + 64, kPanel * 4);
+    if constexpr (kTwo) {
+      _tile_loadd(2, out.bytes + kTileRows * kPanel * 4, kPanel * 4);
+      _tile_loadd(3, out.bytes + kTileRows * kPanel * 4 + 64, kPanel * 4);
+    }
   }
   for (int k = 0; k < num_k_tiles; k++) {
     if constexpr (kFetch == Prefetch::kStream) {
@@ -174,23 +184,27 @@ inline void vector_rows(const ATiles& a, int m, const char* b, Block& out, int o
   }
 }
 
+// K tiles [k_begin, k_end) of one block. The vector path takes all of K at once.
 template <class T>
-inline void compute_block(const ATiles& a, int m, int rows, const char* panel, Block& out, Prefetch mode,
-                          FetchPlan fetch) {
+inline void compute_block(const ATiles& a, int m, int rows, const char* panel, int k_begin, int k_end, Block& out,
+                          Prefetch mode, FetchPlan fetch) {
 #if defined(__AMX_TILE__)
   if constexpr (kHasTiles<T>) {
-    const int a_step = a.rows_per_tile * kTileRowBytes;
-    const char *a0 = a.tile(m / kTileRows, 0), *a1 = rows > kTileRows ? a.tile(m / kTileRows + 1, 0) : nullptr;
+    const int a_step = a.rows_per_tile * kTileRowBytes, n = k_end - k_begin;
+    const bool is_first = k_begin == 0;
+    const char* a0 = a.tile(m / kTileRows, k_begin);
+    const char* a1 = rows > kTileRows ? a.tile(m / kTileRows + 1, k_begin) : nullptr;
+    const char* b = panel + size_t(k_begin) * 2 * kTileBytes;
     if (mode == Prefetch::kStream) {
       if (a1) {
-        tile_block<T, true, Prefetch::kStream>(a0, a1, a_step, panel, a.num_k_tiles, out, fetch);
+        tile_block<T, true, Prefetch::kStream>(a0, a1, a_step, b, n, is_first, out, fetch);
       } else {
-        tile_block<T, false, Prefetch::kStream>(a0, a1, a_step, panel, a.num_k_tiles, out, fetch);
+        tile_block<T, false, Prefetch::kStream>(a0, a1, a_step, b, n, is_first, out, fetch);
       }
     } else if (a1) {
-      tile_block<T, true, Prefetch::kNextPanel>(a0, a1, a_step, panel, a.num_k_tiles, out, fetch);
+      tile_block<T, true, Prefetch::kNextPanel>(a0, a1, a_step, b, n, is_first, out, fetch);
     } else {
-      tile_block<T, false, Prefetch::kNextPanel>(a0, a1, a_step, panel, a.num_k_tiles, out, fetch);
+      tile_block<T, false, Prefetch::kNextPanel>(a0, a1, a_step, b, n, is_first, out, fetch);
     }
     return;
   }
@@ -199,39 +213,48 @@ inline void compute_block(const ATiles& a, int m, int rows, const char* panel, B
   for (; i + 6 <= rows; i += 6) vector_rows<T, 6>(a, m + i, panel, out, i);
   for (; i + 2 <= rows; i += 2) vector_rows<T, 2>(a, m + i, panel, out, i);
   for (; i < rows; i++) vector_rows<T, 1>(a, m + i, panel, out, i);
-  (void)mode, (void)fetch;
+  (void)mode, (void)fetch, (void)k_begin, (void)k_end;
 }
 
 // Rows [0, num_rows) times panels [panels.begin, panels.end) of `weights`. `finish(block, m, rows, panel)` gets the
 // accumulators of rows m .. m + rows - 1; it runs one block late, so that its work overlaps the tiles of the next.
+//
+// Loops, outermost first: rows that fit in L2 | panels | kGroup blocks of rows | K in pieces | blocks of the group. A
+// piece of a panel (16 KiB) and the accumulators of a group then stay in L1, and only activations stream from L2.
 template <class T, class Finish>
 inline void linear(const ATiles& a, int num_rows, const char* weights, Range panels, const Finish& finish) {
   if (num_rows == 0 || panels.begin == panels.end) return;
   if constexpr (kHasTiles<T>) configure_tiles(a.rows_per_tile);
-  Block blocks[2];
-  int which = 0, late_m = -1, late_rows = 0, late_panel = 0;
-  const size_t panel_bytes = size_t(a.num_k_tiles) * 2 * kTileBytes;
-  const int64_t row_bytes = int64_t(a.num_k_tiles) * kTileRowBytes;
-  int64_t rows_at_once = kRowsInCacheBytes / row_bytes / kBlockRows * kBlockRows;
+  constexpr int kGroup = 4, kPiece = 8, kWhole = 18;  // K tiles
+  Block blocks[kGroup];
+  const int k_tiles = a.num_k_tiles;
+  const size_t panel_bytes = size_t(k_tiles) * 2 * kTileBytes;
+  int64_t rows_at_once = kRowsInCacheBytes / (int64_t(k_tiles) * kTileRowBytes) / kBlockRows * kBlockRows;
   if (rows_at_once < 4 * kBlockRows) rows_at_once = 4 * kBlockRows;
   for (int64_t m_begin = 0; m_begin < num_rows; m_begin += rows_at_once) {
     const int m_end = int(m_begin + rows_at_once < num_rows ? m_begin + rows_at_once : num_rows);
     const int num_blocks = int(ceil_div(m_end - m_begin, kBlockRows));
     const Prefetch mode = num_blocks == 1 ? Prefetch::kStream : Prefetch::kNextPanel;
     const int lines = int(ceil_div(32, num_blocks));
+    const int piece = kHasTiles<T> && num_blocks > 1 && k_tiles > kWhole ? kPiece : k_tiles;
     for (int panel = panels.begin; panel < panels.end; panel++) {
       const char* b = weights + panel * panel_bytes;
-      for (int m = int(m_begin), i = 0; m < m_end; m += kBlockRows, i++) {
-        const int rows = m_end - m < kBlockRows ? m_end - m : kBlockRows;
-        compute_block<T>(a, m, rows, b, blocks[which], mode,
-                         {b + panel_bytes + size_t(i) * lines * 64 * a.num_k_tiles, lines});
-        if (late_m >= 0) finish(blocks[which ^ 1], late_m, late_rows, late_panel);
-        late_m = m, late_rows = rows, late_panel = panel;
-        which ^= 1;
+      for (int first = 0; first < num_blocks; first += kGroup) {
+        const int in_group = num_blocks - first < kGroup ? num_blocks - first : kGroup;
+        auto row_of = [&](int i) { return int(m_begin) + (first + i) * kBlockRows; };
+        auto rows_in = [&](int i) { return m_end - row_of(i) < kBlockRows ? m_end - row_of(i) : kBlockRows; };
+        for (int k = 0; k < k_tiles; k += piece) {
+          const int k_end = k + piece < k_tiles ? k + piece : k_tiles;
+          for (int i = 0; i < in_group; i++) {
+            const char* next = b + panel_bytes + (size_t(first + i) * k_tiles + k) * lines * 64;
+            compute_block<T>(a, row_of(i), rows_in(i), b, k, k_end, blocks[i], mode, {next, lines});
+            if (k_end == k_tiles && i > 0) finish(blocks[i - 1], row_of(i - 1), rows_in(i - 1), panel);
+          }
+        }
+        finish(blocks[in_group - 1], row_of(in_group - 1), rows_in(in_group - 1), panel);
       }
     }
   }
-  finish(blocks[which ^ 1], late_m, late_rows, late_panel);
 }
 
 // ---- What happens to a block ---------------------------------------------------------------------------------------

@@ -73,9 +73,9 @@ class LocalEngine:
         """
         self._check(request)
         num_tokens, block_size = len(request.token_ids), self.config.block_size
-        # Growth is bounded by what the sequence can ever use, so that a request that fits alone can be granted.
         seq = self._sequence(request, SeqState.RECEIVING)
         num_covered = -(-num_tokens // block_size) * block_size
+        # Growth is bounded by what the sequence can ever use, so that a request that fits alone can be granted.
         with_growth = min(num_covered + self.config.decode_reserve_blocks * block_size, seq.length_limit)
         if not self._scheduler.reserve(seq, with_growth):
             raise Overloaded(

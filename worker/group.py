@@ -112,7 +112,7 @@ class GroupRunner:
         """Run one step on every rank."""
         self.before_step(plan)
         if self._group.followers:
-            self._group.tell("plan", encode_plan(plan))
+            self._group.tell("plan", encode_plan(plan, for_followers=True))
         return self._runner.run(plan, hook)
 
     def close(self) -> None:

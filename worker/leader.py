@@ -156,6 +156,7 @@ class Leader:
             case ["drain"]:
                 self._draining = True
             case ["status", query_id]:
+                self._group.tell("report")  # for the next query: nobody waits for followers here
                 self._front.send(["status", query_id, self.status()])
             case _:
                 raise AssertionError(f"unknown command {message[:1]}")

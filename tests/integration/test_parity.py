@@ -23,6 +23,7 @@ from tests.support.system import System, generate, serve
 from tests.support.tiny_models import VOCAB_SIZE, load_reference, make_model, random_prompt, reference_greedy
 
 NUM_TOKENS = 20
+MANY_TOKENS = 60  # grows a sequence by four blocks
 SHM, TCP = ("--set", "transfer.transports=[shm,tcp]"), ("--set", "transfer.transports=[tcp]")
 CHUNKED = ("--set", "engine.max_num_batched_tokens=48")
 AGGREGATED = ("--mixed", "1", "--prefill", "0", "--decode", "0")
@@ -42,7 +43,7 @@ SEEDED = {"temperature": 0.9, "top_p": 0.95, "top_k": 40, "seed": 1234}
 
 @dataclass(frozen=True)
 class Case:
-    """A random model and what it must say."""
+    """A random model and what it must say: MANY_TOKENS greedy tokens, NUM_TOKENS seeded ones."""
 
     directory: Path
     prompts: tuple[tuple[int, ...], ...]
@@ -69,7 +70,7 @@ def _make_case(directory: Path, family: str) -> Case:
     prompts = [random_prompt(seed, length) for seed, length in enumerate((128, 131, 144, 177, 15, 16, 17))]
     prompts.append(shared + random_prompt(8, 60))
     model = load_reference(directory)
-    greedy = [reference_greedy(model, prompt, NUM_TOKENS) for prompt in prompts]
+    greedy = [reference_greedy(model, prompt, MANY_TOKENS) for prompt in prompts]
     return Case(directory, tuple(map(tuple, prompts)), tuple(greedy), tuple(_single_engine(directory, prompts)))
 
 
@@ -90,9 +91,11 @@ def _single_engine(directory: Path, prompts: Sequence[Sequence[int]]) -> list[li
     return outputs
 
 
-def all_at_once(system: System, prompts: Sequence[Sequence[int]], **params: Any) -> list[list[int]]:
+def all_at_once(
+    system: System, prompts: Sequence[Sequence[int]], num_tokens: int = NUM_TOKENS, **params: Any
+) -> list[list[int]]:
     with ThreadPoolExecutor(len(prompts)) as pool:
-        return list(pool.map(lambda prompt: generate(system, list(prompt), NUM_TOKENS, **params), prompts))
+        return list(pool.map(lambda prompt: generate(system, list(prompt), num_tokens, **params), prompts))
 
 
 def counter(system: System, name: str) -> int:
@@ -107,9 +110,10 @@ def test_every_topology_generates_the_reference_tokens(
     case = case_of(family)
     args = (str(case.directory), "--dtype", "float32", "--max-model-len", "512", *CHUNKED, *TOPOLOGIES[topology])
     with serve(*args) as system:
-        assert all_at_once(system, case.prompts) == list(case.greedy)
+        greedy = [tokens[:NUM_TOKENS] for tokens in case.greedy]
+        assert all_at_once(system, case.prompts) == greedy
         system.audit()
-        assert all_at_once(system, case.prompts) == list(case.greedy), "with prefix-cache hits"
+        assert all_at_once(system, case.prompts) == greedy, "with prefix-cache hits"
         assert counter(system, "prefix_hit_tokens") > 0
         assert all_at_once(system, case.prompts, **SEEDED) == list(case.seeded), "seeded sampling"
         if topology.startswith("1p"):
@@ -130,7 +134,7 @@ def test_preemption_under_a_tiny_pool_changes_nothing(topology: str, case_of: Ca
         *args, "--kv-cache-bytes", str(34 * block_bytes), "--set", "engine.enable_prefix_caching=false"
     ) as system:
         for _ in range(2):
-            assert all_at_once(system, long_prompts) == expected
+            assert all_at_once(system, long_prompts, MANY_TOKENS) == expected
         assert counter(system, "preemptions") > 0
 
 

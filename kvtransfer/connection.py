@@ -10,10 +10,10 @@ from typing import Final, Protocol
 
 from kvtransfer.api import PeerRank
 from kvtransfer.auth import Acceptor, Connector, LinkKey, Refusal, RefusalCode, Session
+from kvtransfer.lanes import Landing
 from kvtransfer.link import Link, OutgoingFrame
 from kvtransfer.messages import Goodbye, Hello, Message, ProtocolError, code_of, is_handshake
 from kvtransfer.plan import FRAME_BYTES
-from kvtransfer.receiving import Landing
 from kvtransfer.transports import shm
 
 HANDSHAKE_S: Final = 2.0

@@ -104,6 +104,11 @@ class FrameReader:
         return self._pending
 
     @property
+    def payload_left(self) -> int:
+        """Bytes of a payload that are still to come; 0 outside of one."""
+        return 0 if self._message is None else sum(len(view) for view in self._pending)
+
+    @property
     def message(self) -> Message | None:
         """The message whose payload is being read."""
         return self._message

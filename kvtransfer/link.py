@@ -16,8 +16,9 @@ from kvtransfer.messages import Data, Message, ProtocolError
 
 _MAX_IOV: Final = 512
 """Buffers per system call; the kernel's limit is 1024."""
-_TURN_BYTES: Final = 1024 * 1024
+_TURN_BYTES: Final = 4 * 1024 * 1024
 """Bytes that one link may move before the others get their turn."""
+_LOW_WATER_BYTES: Final = 256 * 1024
 _MAX_FDS: Final = 1
 
 
@@ -61,6 +62,7 @@ class Link:
         self._wants_fd = False
         self._received_fds: list[int] = []
         self._budget = 0
+        self._low_water_bytes = 0
         self.is_blocked = False
         """The socket took no more: wait until it is writable."""
         self.bytes_out = 0
@@ -167,7 +169,7 @@ class Link:
             try:
                 count = self._receive(buffers[:_MAX_IOV] if len(buffers) > _MAX_IOV else buffers)
             except BlockingIOError:
-                return
+                break
             except OSError as error:
                 raise LinkClosed(_why(error)) from error
             if not count:
@@ -175,6 +177,13 @@ class Link:
             self.bytes_in += count
             self._budget -= count
             self._reader.filled(count)
+        self._wait_for(min(self._reader.payload_left, _LOW_WATER_BYTES))
+
+    def _wait_for(self, num_bytes: int) -> None:
+        """Be woken only when so many bytes of a payload are there: a wake-up costs as much as copying 64 KiB."""
+        if num_bytes != self._low_water_bytes:
+            self._low_water_bytes = num_bytes
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, max(1, num_bytes))
 
     def charge(self, num_bytes: int) -> None:
         """Count bytes that were fetched beside the stream towards this turn of `read`."""

@@ -129,7 +129,7 @@ class Accept(NamedTuple):
 
 
 class Data(NamedTuple):
-    """Units [first_unit, first_unit + num_units) of one layer from one rank to another.
+    """Units [first_unit, first_unit + num_units) of some layers from one rank to another.
 
     On a stream the payload follows; on shared memory `source_blocks` (little-endian u32) names the sender's blocks
     that hold the units and the receiver fetches them.
@@ -138,7 +138,8 @@ class Data(NamedTuple):
     transfer_id: TransferId
     source_rank: int
     destination_rank: int
-    layer: int
+    first_layer: int
+    num_layers: int
     first_unit: int
     num_units: int
     digest: bytes
@@ -259,7 +260,7 @@ _FIELDS: Final[Mapping[type[Message], tuple[Check, ...]]] = {
     Grant: (_id, _u32),
     Refuse: (_id, _text, _text),
     Accept: (_id, _u32, _u63),
-    Data: (_id, _u32, _u32, _u32, _u32, _u32, _digest, _blob),
+    Data: (_id, _u32, _u32, _u32, _u32, _u32, _u32, _digest, _blob),
     Credit: (_id, _u63),
     Manifest: (_id, _blob),
     Complete: (_id,),

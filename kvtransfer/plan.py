@@ -25,16 +25,22 @@ from typing import Final, TypeAlias
 from baton.errors import LayoutMismatch
 from baton.kv_layout import UNIT_TOKENS, KVLayout, ModelKV, kv_head_range
 
-FRAME_BYTES: Final = 512 * 1024
-"""Most payload bytes of one frame, unless a single unit is larger. Also the piece in which bytes are hashed."""
+FRAME_BYTES: Final = 1024 * 1024
+"""Most payload bytes of one frame on a stream, unless a single unit is larger."""
+
+FETCHED_FRAME_BYTES: Final = 4 * 1024 * 1024
+"""The same where the receiver fetches the bytes: nothing waits behind them on the connection."""
+
+HASH_BYTES: Final = 256 * 1024
+"""Bytes are copied and hashed in pieces that stay in a core's own cache in between."""
 
 _MAX_CACHED_RANGES: Final = 256
 
 Run: TypeAlias = tuple[int, int]
 """(start, end) in bytes, relative to the first byte of the layer in its pool."""
 
-Copy: TypeAlias = tuple[int, int, int]
-"""(destination start, source start, length) in bytes, relative to the layer in each pool."""
+Copy: TypeAlias = tuple[int, int, int, int]
+"""(destination start, destination end, source start, source end) in bytes, relative to the layer in each pool."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,8 +150,8 @@ def _append(runs: list[Run], start: int, length: int) -> None:
         runs.append((start, start + length))
 
 
-def zip_runs(destination: Sequence[Run], source: Sequence[Run]) -> list[Copy]:
-    """Pair two lists of runs over the same canonical bytes into copies, each contiguous on both sides."""
+def zip_runs(destination: Sequence[Run], source: Sequence[Run], max_bytes: int = FETCHED_FRAME_BYTES) -> list[Copy]:
+    """Pair two lists of runs over the same canonical bytes into copies of at most `max_bytes`."""
     copies: list[Copy] = []
     pending = iter(source)
     at, end = 0, 0
@@ -153,8 +159,8 @@ def zip_runs(destination: Sequence[Run], source: Sequence[Run]) -> list[Copy]:
         while start < stop:
             if at == end:
                 at, end = next(pending)
-            length = min(stop - start, end - at)
-            copies.append((start, at, length))
+            length = min(stop - start, end - at, max_bytes)
+            copies.append((start, start + length, at, at + length))
             start += length
             at += length
     return copies

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Sequence
-from typing import Any, Final, TypeAlias
+from collections.abc import Iterable
+from typing import Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -12,9 +12,9 @@ import xxhash
 
 from baton.kv_layout import KVLayout
 from kvtransfer.messages import Data
-from kvtransfer.plan import FRAME_BYTES, Copy, Run
+from kvtransfer.plan import HASH_BYTES, Copy, Run
 
-_IDENTITY: Final = struct.Struct("<16s16sIIIII")
+_IDENTITY: Final = struct.Struct("<16s16sIIIIII")
 
 Bytes: TypeAlias = npt.NDArray[np.uint8]
 
@@ -38,6 +38,10 @@ class Pool:
         view = self._layers[layer]
         return [view[start:end] for start, end in runs]
 
+    def layer(self, layer: int) -> memoryview:
+        """All bytes of one layer."""
+        return self._layers[layer]
+
     def array(self, layer: int) -> Bytes:
         """One layer as an array over the same memory."""
         return np.frombuffer(self._layers[layer], np.uint8)
@@ -49,27 +53,39 @@ class Pool:
         self._layers = []
 
 
-def copy_and_view(
-    destination: Pool, source: Pool, layer: int, copies: Sequence[Copy], runs: Sequence[Run]
-) -> list[memoryview]:
-    """Copy between pools and return views of what was written. Long copies run without the GIL."""
-    to, fro = destination.array(layer), source.array(layer)
-    for to_start, from_start, length in copies:
-        to[to_start : to_start + length] = fro[from_start : from_start + length]
-    return destination.views(layer, runs)
-
-
-def data_digest(context: bytes, frame: Data, views: Iterable[Any]) -> bytes:
-    """xxh3-128 over the identity of a frame (both ends, transfer, ranks, layer, units) and its bytes in canonical order.
+def data_hasher(context: bytes, frame: Data) -> xxhash.xxh3_128:
+    """xxh3-128, fed with the identity of a frame: both ends, transfer, ranks, layers, units.
 
     It detects faults, not attackers: those are kept off the link by its authentication.
     """
-    identity = _IDENTITY.pack(context, *frame[:6])
-    hasher = xxhash.xxh3_128(identity)
+    return xxhash.xxh3_128(_IDENTITY.pack(context, *frame[:7]))
+
+
+def data_digest(context: bytes, frame: Data, views: Iterable[memoryview]) -> bytes:
+    """The digest over the identity of a frame and its bytes in canonical order."""
+    hasher = data_hasher(context, frame)
+    update = hasher.update
     for view in views:
-        if len(view) <= FRAME_BYTES:
-            hasher.update(view)
+        if len(view) <= HASH_BYTES:
+            update(view)
         else:
-            for start in range(0, len(view), FRAME_BYTES):
-                hasher.update(view[start : start + FRAME_BYTES])
+            for start in range(0, len(view), HASH_BYTES):
+                update(view[start : start + HASH_BYTES])
     return hasher.digest()
+
+
+def fetch(destination: Pool, source: Pool, layer: int, copies: Iterable[Copy], hasher: xxhash.xxh3_128 | None) -> None:
+    """Copy one layer's part of a frame from another pool, and feed the hasher from where it landed.
+
+    Each copy (of at most HASH_BYTES) is hashed right after it is made, while it is in cache. Neither holds the GIL
+    but for small pieces.
+    """
+    to, fro = destination.array(layer), source.array(layer)
+    if hasher is None:
+        for start, end, from_start, from_end in copies:
+            to[start:end] = fro[from_start:from_end]
+        return
+    view, update = destination.layer(layer), hasher.update
+    for start, end, from_start, from_end in copies:
+        to[start:end] = fro[from_start:from_end]
+        update(view[start:end])

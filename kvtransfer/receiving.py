@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
-from baton.kv_layout import UNIT_TOKENS, ModelKV
+from baton.kv_layout import ModelKV
 from kvtransfer.api import (
     Failed,
     ManifestReceived,
@@ -18,6 +16,7 @@ from kvtransfer.api import (
     TransferId,
 )
 from kvtransfer.auth import LinkKey
+from kvtransfer.lanes import Landing, Misfit, ReceiveLane
 from kvtransfer.liveness import LeaseTable
 from kvtransfer.messages import (
     MAX_NAMED_TRANSFERS,
@@ -38,62 +37,12 @@ from kvtransfer.messages import (
     Reserve,
     TransferMessage,
 )
-from kvtransfer.plan import Copy, CopyPlan, Run, TableRuns, source_ranks, zip_runs
+from kvtransfer.plan import CopyPlan, source_ranks
 from kvtransfer.protocol import RECEIVE_NEXT, Action, CloseLink, Emit, EndedTransfers, ReceiveState, Send, StopIO
 
 _NOBODY = LinkKey("", "", -1)
 """Stands for the peer of a transfer that was granted before anybody announced it."""
 _COMPLETED = "completed"
-_MAX_CACHED_COPIES = 16
-
-
-class Landing(NamedTuple):
-    """Where the bytes of one data frame belong."""
-
-    runs: list[Run]
-    """Destination bytes, relative to the layer."""
-    copies: list[Copy] | None
-    """How the receiver fetches them itself; None if they come on the stream."""
-    num_bytes: int
-
-
-@dataclass(slots=True)
-class _Lane:
-    """One transfer's part from one source rank."""
-
-    plan: CopyPlan
-    is_accepted: bool = False
-    runs: TableRuns | None = None
-    _copies: dict[tuple[int, int, int, bytes], list[Copy]] = field(default_factory=dict)
-    got: list[int] = field(default_factory=list)
-    """Per layer: bit u is set when unit u is in place and verified."""
-    window_bytes: int = 0
-    bytes_begun: int = 0
-    bytes_landed: int = 0
-    bytes_credited: int = 0
-    bytes_expected: int = 0
-
-    def is_full(self, full: int) -> bool:
-        """Every unit of every layer that this source rank sends is there."""
-        return self.is_accepted and all(
-            got == full for got, unit_bytes in zip(self.got, self.plan.unit_bytes, strict=True) if unit_bytes
-        )
-
-    def copies(self, layer: int, first_token: int, end_token: int, source_blocks: bytes) -> list[Copy]:
-        """The copies of a frame that the receiver fetches from the blocks that the sender named."""
-        key = (id(self.plan.source_sides[layer]), first_token, end_token, source_blocks)
-        found = self._copies.get(key)
-        if found is None:
-            assert self.runs is not None
-            plan = self.plan
-            blocks = struct.unpack(f"<{len(source_blocks) // 4}I", source_blocks)
-            first_block = first_token // plan.source.geometry.block_size
-            source = TableRuns(plan.source_sides, plan.group_tokens, blocks, first_block)
-            runs = self.runs.runs(layer, first_token, end_token)
-            if len(self._copies) >= _MAX_CACHED_COPIES:
-                self._copies.clear()
-            found = self._copies[key] = zip_runs(runs, source.runs(layer, first_token, end_token))
-        return found
 
 
 @dataclass(slots=True)
@@ -103,7 +52,7 @@ class _Transfer:
     num_tokens: int
     worker: tuple[str, str] | None = None
     """(worker id, incarnation) of the sender, once somebody announced the transfer."""
-    lanes: dict[int, _Lane] = field(default_factory=dict)
+    lanes: dict[int, ReceiveLane] = field(default_factory=dict)
     """By source rank, for those that announced the transfer."""
     sources: list[int] = field(default_factory=list)
     """All source ranks that the plan names; known from the first acceptance on."""
@@ -295,33 +244,20 @@ class ReceiveSide:
             self.num_stale += 1
             return None
         self._leases.heard(key, now, (frame.transfer_id,))
-        problem = self._problem(transfer, lane, key, frame)
-        if problem is None:
-            mask = _mask(frame.first_unit, frame.num_units)
-            if lane.got[frame.layer] & mask == mask:  # a repeated frame changes nothing
-                self.num_stale += 1
-                return None
-            first = frame.first_unit * UNIT_TOKENS
-            end = min(first + frame.num_units * UNIT_TOKENS, transfer.num_tokens)
-            num_bytes = lane.plan.num_bytes(frame.layer, end - first)
-            if lane.got[frame.layer] & mask:
-                problem = "units came twice"
-            elif payload_bytes is not None and payload_bytes != num_bytes:
-                problem = f"a payload of {payload_bytes} bytes where {num_bytes} are due"
-            elif lane.bytes_begun + num_bytes > lane.bytes_credited + lane.window_bytes:
-                problem = "more bytes than credited"
-            else:
-                problem = _blocks_problem(lane.plan, frame, first, end, is_fetched=payload_bytes is None)
-        if problem is not None:
-            self._fail(transfer, now, f"protocol: {problem}", AbortCode.PROTOCOL)
+        try:
+            if transfer.state is not ReceiveState.RECEIVING:
+                raise Misfit("data before the permission to send")
+            if (frame.source_rank, frame.destination_rank) != (key.tp_rank, self._tp_rank):
+                raise Misfit("a frame for another pair of ranks")
+            landing = lane.begin(frame, payload_bytes)
+        except Misfit as error:
+            self._fail(transfer, now, f"protocol: {error}", AbortCode.PROTOCOL)
             return None
-        lane.bytes_begun += num_bytes
-        if transfer.began_s is None:
+        if landing is None:
+            self.num_stale += 1
+        elif transfer.began_s is None:
             transfer.began_s = now
-        assert lane.runs is not None
-        runs = lane.runs.runs(frame.layer, first, end)
-        copies = lane.copies(frame.layer, first, end, frame.source_blocks) if payload_bytes is None else None
-        return Landing(runs, copies, num_bytes)
+        return landing
 
     def data_landed(self, now: float, key: LinkKey, frame: Data, num_bytes: int, *, verified: bool) -> None:
         """The bytes of a Landing are in place and their digest was right or wrong."""
@@ -331,16 +267,15 @@ class ReceiveSide:
             self.num_stale += 1
             return
         if not verified:
-            where = f"layer {frame.layer}, units {frame.first_unit}+{frame.num_units} from {key}"
+            where = (
+                f"layers {frame.first_layer}+{frame.num_layers}, units {frame.first_unit}+{frame.num_units} from {key}"
+            )
             self._fail(transfer, now, f"integrity: wrong digest, {where}", AbortCode.INTEGRITY, integrity=True)
             return
-        lane.got[frame.layer] |= _mask(frame.first_unit, frame.num_units)
-        lane.bytes_landed += num_bytes
-        may_still_send = lane.bytes_credited + lane.window_bytes
-        if may_still_send < lane.bytes_expected and lane.bytes_landed - lane.bytes_credited >= lane.window_bytes // 4:
-            lane.bytes_credited = lane.bytes_landed
-            self._send(key, Credit(frame.transfer_id, lane.bytes_credited))
-        if lane.bytes_landed == lane.bytes_expected:
+        credit = lane.landed(frame, num_bytes)
+        if credit is not None:
+            self._send(key, Credit(frame.transfer_id, credit))
+        if not lane.is_expecting:
             self._check_received(transfer, now)
 
     # Time and I/O.
@@ -386,7 +321,7 @@ class ReceiveSide:
     def _send(self, key: LinkKey, message: TransferMessage) -> None:
         self._actions.append(Send(key, message))
 
-    def _lane(self, transfer: _Transfer | None, key: LinkKey) -> _Lane | None:
+    def _lane(self, transfer: _Transfer | None, key: LinkKey) -> ReceiveLane | None:
         if transfer is None or transfer.worker != key[:2]:
             return None
         return transfer.lanes.get(key.tp_rank)
@@ -426,7 +361,7 @@ class ReceiveSide:
             self._fail(transfer, now, "protocol: granted and announced lengths differ", AbortCode.PROTOCOL)
             return None
         transfer.worker = (key.worker_id, key.incarnation)
-        transfer.lanes[key.tp_rank] = _Lane(self._links[key])
+        transfer.lanes[key.tp_rank] = ReceiveLane(self._links[key])
         self._leases.unwatch(_NOBODY, transfer_id)
         self._leases.watch(key, transfer_id, now)
         self._leases.heard(key, now, (transfer_id,))
@@ -453,32 +388,13 @@ class ReceiveSide:
         lane = transfer.lanes[source_rank]
         if lane.is_accepted:
             return
-        plan = lane.plan
         key = transfer.key(source_rank)
-        lane.is_accepted = True
-        lane.runs = TableRuns(plan.destination_sides, plan.group_tokens, transfer.block_table)
-        lane.got = [_mask(0, transfer.first_token // UNIT_TOKENS)] * len(self._model.layers)
-        due = transfer.num_tokens - transfer.first_token
-        lane.bytes_expected = sum(plan.num_bytes(layer, due) for layer in range(len(self._model.layers)))
-        lane.window_bytes = max(self._window_bytes, 2 * plan.max_unit_bytes)
-        transfer.sources = source_ranks(self._model, plan.source.geometry.tp_size, self._tp_size, self._tp_rank)
+        lane.accept(transfer.block_table, transfer.num_tokens, transfer.first_token, self._window_bytes)
+        source_tp = lane.plan.source.geometry.tp_size
+        transfer.sources = source_ranks(self._model, source_tp, self._tp_size, self._tp_rank)
         for rank in transfer.sources:  # the others must come within a lease as well
             self._leases.watch(transfer.key(rank), transfer.transfer_id, now)
         self._send(key, Accept(transfer.transfer_id, transfer.first_token, lane.window_bytes))
-
-    def _problem(self, transfer: _Transfer, lane: _Lane, key: LinkKey, frame: Data) -> str | None:
-        """What in the frame contradicts the reservation."""
-        if transfer.state is not ReceiveState.RECEIVING or not lane.is_accepted:
-            return "data before the permission to send"
-        if (frame.source_rank, frame.destination_rank) != (key.tp_rank, self._tp_rank):
-            return "a frame for another pair of ranks"
-        if frame.layer >= len(lane.got) or not lane.plan.unit_bytes[frame.layer]:
-            return f"no layer {frame.layer} on this link"
-        last_unit = -(-transfer.num_tokens // UNIT_TOKENS)
-        first_unit = transfer.first_token // UNIT_TOKENS
-        if not first_unit <= frame.first_unit < frame.first_unit + frame.num_units <= last_unit:
-            return f"units {frame.first_unit}+{frame.num_units} are outside {first_unit}..{last_unit}"
-        return None
 
     def _check_received(self, transfer: _Transfer, now: float) -> None:
         """Every source rank, layer and unit there?"""
@@ -486,8 +402,7 @@ class ReceiveSide:
             return
         if transfer.first_token < transfer.num_tokens:
             lanes = [transfer.lanes.get(rank) for rank in transfer.sources]
-            full = _mask(0, -(-transfer.num_tokens // UNIT_TOKENS))
-            if not lanes or not all(lane is not None and lane.is_full(full) for lane in lanes):
+            if not lanes or not all(lane is not None and lane.is_full for lane in lanes):
                 return
         self._move(transfer, ReceiveState.RECEIVED)
         num_bytes = sum(lane.bytes_landed for lane in transfer.lanes.values())
@@ -559,19 +474,3 @@ class ReceiveSide:
         transfer.is_granted = True
         transfer.last_events.append(Failed(transfer.transfer_id, reason))
         self._ended.add(transfer.transfer_id, now, reason, engine_knows=True)
-
-
-def _mask(first_unit: int, num_units: int) -> int:
-    return ((1 << num_units) - 1) << first_unit
-
-
-def _blocks_problem(plan: CopyPlan, frame: Data, first: int, end: int, *, is_fetched: bool) -> str | None:
-    """What is wrong with the source blocks that a frame names."""
-    block_size = plan.source.geometry.block_size
-    num_blocks = -(-end // block_size) - first // block_size if is_fetched else 0
-    if len(frame.source_blocks) != 4 * num_blocks:
-        return f"{len(frame.source_blocks)} bytes of block ids where {num_blocks} blocks are due"
-    blocks = struct.unpack(f"<{num_blocks}I", frame.source_blocks)
-    if blocks and max(blocks) >= plan.source.geometry.num_blocks:
-        return f"no source block {max(blocks)}"
-    return None

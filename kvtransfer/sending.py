@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import struct
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from baton.errors import LayoutMismatch
 from baton.kv_layout import UNIT_TOKENS, ModelKV
 from kvtransfer.api import Completed, Failed, Granted, Quiesced, Refused, SendRequest, TransferEvent, TransferId
 from kvtransfer.auth import LinkKey
+from kvtransfer.lanes import Outgoing, SendLane
 from kvtransfer.liveness import LeaseTable
 from kvtransfer.messages import (
     Abort,
@@ -20,7 +19,6 @@ from kvtransfer.messages import (
     Announce,
     Complete,
     Credit,
-    Data,
     Grant,
     Manifest,
     Message,
@@ -31,47 +29,14 @@ from kvtransfer.messages import (
     Reserve,
     TransferMessage,
 )
-from kvtransfer.plan import FRAME_BYTES, CopyPlan, Run, TableRuns, destination_ranks
+from kvtransfer.plan import CopyPlan, destination_ranks
 from kvtransfer.protocol import SEND_NEXT, Action, CloseLink, Connect, DataReady, Emit, Send, SendState, StopIO
-
-_NO_DIGEST = bytes(16)
-
-
-class Outgoing(NamedTuple):
-    """One frame of KV to send: its digest is still to be filled in."""
-
-    frame: Data
-    runs: list[Run]
-    """Source bytes, relative to the layer."""
-    num_bytes: int
-
-
-@dataclass(slots=True)
-class _Lane:
-    """One transfer's part on one link."""
-
-    plan: CopyPlan | None = None
-    runs: TableRuns | None = None
-    accepted: bool = False
-    window_bytes: int = 0
-    bytes_sent: int = 0
-    bytes_credited: int = 0
-    sent_tokens: list[int] = field(default_factory=list)
-    """Per layer: tokens [first_token, sent_tokens) have been handed out."""
-    ready: dict[int, None] = field(default_factory=dict)
-    """Layers with written tokens that are not sent, in the order in which they became so."""
-    is_queued: bool = False
-    """In the link's round of transfers that have something to send and credit to do so."""
-
-    @property
-    def credit_bytes(self) -> int:
-        return self.window_bytes - self.bytes_sent + self.bytes_credited
 
 
 @dataclass(slots=True)
 class _Transfer:
     request: SendRequest
-    lanes: dict[LinkKey, _Lane]
+    lanes: dict[LinkKey, SendLane]
     written: list[int]
     accept_by_s: float
     state: SendState = SendState.OPENED
@@ -90,7 +55,7 @@ class _Transfer:
 class _Link:
     plan: CopyPlan | None = None
     """None: not up yet."""
-    lanes: dict[TransferId, _Lane] = field(default_factory=dict)
+    lanes: dict[TransferId, SendLane] = field(default_factory=dict)
     queue: deque[TransferId] = field(default_factory=deque)
 
 
@@ -153,7 +118,7 @@ class SendSide:
                 )
                 return
             key = LinkKey(peer.worker_id, peer.incarnation, tp_rank)
-            lane = transfer.lanes[key] = _Lane()
+            lane = transfer.lanes[key] = SendLane(len(transfer.written), request.block_table, request.num_tokens)
             link = self._links.get(key)
             if link is None:
                 link = self._links[key] = _Link()
@@ -253,11 +218,10 @@ class SendSide:
             case Accept():
                 self._accepted(transfer, now, key, lane, message)
             case Credit(_, total_bytes):
-                if total_bytes > lane.bytes_sent:
-                    self._fail(transfer, now, "protocol: credit for bytes that were not sent", AbortCode.PROTOCOL)
-                elif total_bytes > lane.bytes_credited:
-                    lane.bytes_credited = total_bytes
+                if lane.credit(total_bytes):
                     self._enqueue(transfer, key, lane)
+                else:
+                    self._fail(transfer, now, "protocol: credit for bytes that were not sent", AbortCode.PROTOCOL)
             case Abort(_, code, reason):
                 integrity = code == AbortCode.INTEGRITY
                 self._fail(transfer, now, f"peer: {reason}", AbortCode.ABORTED, integrity=integrity, except_key=key)
@@ -282,32 +246,12 @@ class SendSide:
         while link is not None and link.queue:
             transfer_id = link.queue.popleft()
             transfer, lane = self._transfers[transfer_id], link.lanes[transfer_id]
-            plan, runs = lane.plan, lane.runs
-            assert plan is not None
-            assert runs is not None
-            layer = next(iter(lane.ready))
-            first, limit = lane.sent_tokens[layer], transfer.sendable(layer)
-            end = plan.frame_end(layer, first, limit, min(FRAME_BYTES, lane.window_bytes // 2))
-            num_bytes = plan.num_bytes(layer, end - first)
-            if num_bytes > lane.credit_bytes:
-                lane.is_queued = False  # until credit comes
-                continue
-            lane.bytes_sent += num_bytes
-            lane.sent_tokens[layer] = end
-            if end == limit:
-                del lane.ready[layer]
-            lane.is_queued = bool(lane.ready)
+            outgoing = lane.next_frame(transfer_id, transfer.sendable, name_blocks=name_blocks)
+            lane.is_queued = outgoing is not None and lane.has_ready
             if lane.is_queued:
                 link.queue.append(transfer_id)
-            blocks = b""
-            if name_blocks:
-                block_size = plan.source.geometry.block_size
-                table = transfer.request.block_table[first // block_size : -(-end // block_size)]
-                blocks = struct.pack(f"<{len(table)}I", *table)
-            first_unit = first // UNIT_TOKENS
-            num_units = -(-end // UNIT_TOKENS) - first_unit
-            frame = Data(transfer_id, self._tp_rank, key.tp_rank, layer, first_unit, num_units, _NO_DIGEST, blocks)
-            return Outgoing(frame, runs.runs(layer, first, end), num_bytes)
+            if outgoing is not None:
+                return outgoing
         return None
 
     # Time and I/O.
@@ -327,7 +271,7 @@ class SendSide:
         for key, transfer_id in due.lapsed:
             self._lapse(now, transfer_id, f"lease: {key} has not named the transfer for {self._lease_s} s")
         for transfer in list(self._transfers.values()):
-            if now > transfer.accept_by_s and not all(lane.accepted for lane in transfer.lanes.values()):
+            if now > transfer.accept_by_s and not all(lane.is_accepted for lane in transfer.lanes.values()):
                 self._lapse(now, transfer.request.transfer_id, "lease: the receiver did not accept in time")
 
     def io_stopped(self, now: float, transfer_id: TransferId) -> None:
@@ -348,10 +292,9 @@ class SendSide:
     def _leader_key(self, transfer: _Transfer) -> LinkKey:
         return LinkKey(transfer.request.peer.worker_id, transfer.request.peer.incarnation, 0)
 
-    def _begin_lane(self, transfer: _Transfer, key: LinkKey, lane: _Lane, plan: CopyPlan) -> None:
+    def _begin_lane(self, transfer: _Transfer, key: LinkKey, lane: SendLane, plan: CopyPlan) -> None:
         request = transfer.request
-        lane.plan = plan
-        lane.runs = TableRuns(plan.source_sides, plan.group_tokens, request.block_table)
+        lane.connect(plan)
         if self.is_leader and key.tp_rank == 0:
             self._send(key, Reserve(request.transfer_id, request.num_tokens, request.reserve_payload))
         else:
@@ -369,30 +312,23 @@ class SendSide:
         if transfer.manifest is not None:
             self._send(key, Manifest(transfer_id, transfer.manifest))
 
-    def _accepted(self, transfer: _Transfer, now: float, key: LinkKey, lane: _Lane, accept: Accept) -> None:
-        if lane.accepted:
+    def _accepted(self, transfer: _Transfer, now: float, key: LinkKey, lane: SendLane, accept: Accept) -> None:
+        if lane.is_accepted:
             return
-        assert lane.plan is not None
-        if not _is_start(accept.first_token, transfer) or accept.window_bytes < 2 * lane.plan.max_unit_bytes:
+        if not _is_start(accept.first_token, transfer) or not lane.accept(accept.first_token, accept.window_bytes):
             self._fail(transfer, now, "protocol: the receiver's acceptance makes no sense", AbortCode.PROTOCOL)
             return
         if transfer.state is SendState.OPENED:
             self._move(transfer, SendState.SENDING)
-        lane.accepted = True
-        lane.window_bytes = accept.window_bytes
-        lane.sent_tokens = [accept.first_token] * len(self._model.layers)
         self._mark_ready(transfer, key, lane, range(len(self._model.layers)))
 
-    def _mark_ready(self, transfer: _Transfer, key: LinkKey, lane: _Lane, layers: Iterable[int]) -> None:
-        if not lane.accepted or lane.plan is None:
-            return
+    def _mark_ready(self, transfer: _Transfer, key: LinkKey, lane: SendLane, layers: Iterable[int]) -> None:
         for layer in layers:
-            if lane.plan.unit_bytes[layer] and transfer.sendable(layer) > lane.sent_tokens[layer]:
-                lane.ready[layer] = None
+            lane.mark_ready(layer, transfer.sendable(layer))
         self._enqueue(transfer, key, lane)
 
-    def _enqueue(self, transfer: _Transfer, key: LinkKey, lane: _Lane) -> None:
-        if lane.ready and not lane.is_queued:
+    def _enqueue(self, transfer: _Transfer, key: LinkKey, lane: SendLane) -> None:
+        if lane.has_ready and not lane.is_queued:
             lane.is_queued = True
             self._links[key].queue.append(transfer.request.transfer_id)
             self._actions.append(DataReady(key))

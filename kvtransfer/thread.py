@@ -14,14 +14,15 @@ from typing import Any, Final, TypeAlias
 
 from baton.clock import Clock
 from kvtransfer.api import EndpointConfig, EndpointStats, PeerRank, TransferEvent, TransferId
-from kvtransfer.auth import Acceptor, Connector, LinkKey, Refusal, RefusalCode
+from kvtransfer.auth import Acceptor, Connector, LinkKey, Refusal, RefusalCode, Session
 from kvtransfer.connection import HANDSHAKE_S, Connection, Dialling, PeerRefused, Role
 from kvtransfer.faults import FaultHook
+from kvtransfer.lanes import Landing, Part
 from kvtransfer.link import LinkClosed, OutgoingFrame
 from kvtransfer.messages import DIGEST_BYTES, NONCE_BYTES, Data, Goodbye, Message, ProtocolError
-from kvtransfer.pool import Pool, copy_and_view, data_digest
+from kvtransfer.pool import Pool, data_digest, data_hasher, fetch
 from kvtransfer.protocol import CloseLink, Connect, DataReady, Emit, Send, StopIO
-from kvtransfer.receiving import Landing, ReceiveSide
+from kvtransfer.receiving import ReceiveSide
 from kvtransfer.sending import SendSide
 from kvtransfer.transports import local, shm, tcp
 
@@ -450,7 +451,7 @@ class TransferThread:
             return None
         landing = self.receive.begin_data(self._clock.now(), connection.key, message, payload_bytes)
         connection.landing = landing
-        return None if landing is None else self._pool.views(message.layer, landing.runs)
+        return None if landing is None else self._views(landing.parts)
 
     def end(self, connection: Connection, message: Message) -> None:
         """A message is complete."""
@@ -464,25 +465,41 @@ class TransferThread:
         if landing is not None:
             self._landed(connection, message, landing)
 
+    def _views(self, parts: list[Part]) -> list[memoryview]:
+        if len(parts) == 1:
+            return self._pool.views(*parts[0])
+        return [view for layer, runs in parts for view in self._pool.views(layer, runs)]
+
     def _landed(self, connection: Connection, frame: Data, landing: Landing) -> None:
-        if connection.mapped is not None:
-            assert landing.copies is not None
-            connection.link.charge(landing.num_bytes)
-            views = copy_and_view(self._pool, connection.mapped.pool, frame.layer, landing.copies, landing.runs)
-        else:
-            views = self._pool.views(frame.layer, landing.runs)
-        if self._faults is not None:
-            self._faults.after_landing(frame, views)
-        session = connection.session
+        """The bytes are there, or are to be fetched now: verify them where they are."""
+        session, mapped = connection.session, connection.mapped
         assert session is not None
-        verified = not session.verify or data_digest(session.context, frame, views) == frame.digest
+        if mapped is None:
+            views = self._views(landing.parts)
+            if self._faults is not None:
+                self._faults.after_landing(frame, views)
+            verified = not session.verify or data_digest(session.context, frame, views) == frame.digest
+        else:
+            connection.link.charge(landing.num_bytes)
+            verified = self._fetch(mapped.pool, session, frame, landing)
         self._bytes_received += landing.num_bytes
         if verified:
             self._frames_verified += session.verify
         else:
             self._integrity_failures += 1
-            log.error("KV bytes do not match their digest", extra={"peer": str(connection), "layer": frame.layer})
+            log.error("KV bytes do not match their digest", extra={"peer": str(connection), "frame": frame[1:7]})
         self.receive.data_landed(self._clock.now(), connection.key, frame, landing.num_bytes, verified=verified)
+
+    def _fetch(self, source: Pool, session: Session, frame: Data, landing: Landing) -> bool:
+        assert landing.copies is not None
+        hasher = data_hasher(session.context, frame) if session.verify and self._faults is None else None
+        for (layer, _), copies in zip(landing.parts, landing.copies, strict=True):
+            fetch(self._pool, source, layer, copies, hasher)
+        if self._faults is not None:
+            views = self._views(landing.parts)
+            self._faults.after_landing(frame, views)
+            return not session.verify or data_digest(session.context, frame, views) == frame.digest
+        return hasher is None or hasher.digest() == frame.digest
 
     def pull(self, connection: Connection) -> OutgoingFrame | None:
         """The next data frame of a link."""
@@ -493,7 +510,9 @@ class TransferThread:
             return None
         session = connection.session
         assert session is not None
-        frame, payload = outgoing.frame, self._pool.views(outgoing.frame.layer, outgoing.runs)
+        frame, payload = outgoing.frame, []
+        if session.verify or not connection.is_fetched or self._faults is not None:
+            payload = self._views(outgoing.parts)
         if session.verify:
             frame = frame._replace(digest=data_digest(session.context, frame, payload))
         if self._faults is not None:

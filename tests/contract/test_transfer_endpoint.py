@@ -488,7 +488,7 @@ class FlipOneByte:
 
 @pytest.mark.parametrize("where", ["send", "landing"])
 def test_one_flipped_bit_fails_the_transfer_on_both_sides_and_is_counted(lab: Lab, where: str) -> None:
-    fault = FlipOneByte(2, where)
+    fault = FlipOneByte(1, where)
     source, destination = lab.worker("p", faults=fault), lab.worker("d", faults=fault)
     kv = pattern(MODEL, 60)
     transfer_id = open_send(source, destination, 60, [1, 2, 3, 4])
@@ -527,7 +527,10 @@ def test_right_bytes_under_another_frames_name_are_refused(lab: Lab) -> None:
     transfer_id = open_send(source, destination, 64, [1, 2, 3, 4])
     destination.leader.expect(ReserveRequested)
     grant(destination, transfer_id, [0, 1, 2, 3], 64)
-    write_all(source, transfer_id, [1, 2, 3, 4], pattern(MODEL, 64))
+    for layer, tokens in enumerate(pattern(MODEL, 64)[:2]):
+        source.leader.write_layer(layer, [1, 2, 3, 4], tokens)
+        source.leader.endpoint.written(transfer_id, layer, 64)
+        source.leader.wait_for(lambda n=layer: source.leader.endpoint.stats().bytes_sent > n * 8192)
     assert destination.leader.expect(Failed, transfer_id).integrity
 
 
@@ -560,7 +563,7 @@ def test_a_receiver_that_hangs_fails_the_transfer_within_the_lease(lab: Lab) -> 
 
 
 def test_a_sender_that_hangs_fails_the_transfer_within_the_lease(lab: Lab) -> None:
-    hook = BlockingHook(at_send=2)
+    hook = BlockingHook(at_send=1)
     source, destination = lab.worker("p", faults=hook), lab.worker("d", lease_s=0.3)
     transfer_id = open_send(source, destination, 60, [1, 2, 3, 4])
     destination.leader.expect(ReserveRequested)

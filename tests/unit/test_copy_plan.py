@@ -75,9 +75,10 @@ def test_every_destination_byte_is_written_exactly_once_from_its_naive_place(
                 for a, b in cuts(first, end, units_per_frame * UNIT_TOKENS):
                     to, fro = destination_runs.runs(layer, a, b), source_runs.runs(layer, a, b)
                     copies = zip_runs(to, fro)
-                    assert plan.num_bytes(layer, b - a) == sum(length for _, _, length in copies)
-                    for to_start, from_start, length in copies:
-                        for i in range(length):
+                    assert plan.num_bytes(layer, b - a) == sum(to_end - to_start for to_start, to_end, _, _ in copies)
+                    for to_start, to_end, from_start, from_end in copies:
+                        assert to_end - to_start == from_end - from_start
+                        for i in range(to_end - to_start):
                             assert to_start + i not in origin, "written twice"
                             origin[to_start + i] = (source_rank, from_start + i)
             row = spec.head_dim * model.itemsize_bytes
@@ -173,8 +174,8 @@ def test_content_arrives_where_the_layout_says_it_is() -> None:
         TableRuns(plan.destination_sides, plan.group_tokens, destination_table).runs(0, 0, 70),
         TableRuns(plan.source_sides, plan.group_tokens, source_table).runs(0, 0, 70),
     )
-    for to_start, from_start, length in copies:
-        to[to_start : to_start + length] = fro[from_start : from_start + length]
+    for to_start, to_end, from_start, from_end in copies:
+        to[to_start:to_end] = fro[from_start:from_end]
     row = 8 * 4
     for half in range(2):
         for head in (2, 3):

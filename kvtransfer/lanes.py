@@ -1,0 +1,286 @@
+"""One transfer's part on one link: what has been sent or received of it, and how much more may be. Pure.
+
+A data frame covers a run of layers and a run of units, the same units of each layer. Its bytes are layer by layer in
+the canonical order of kvtransfer.plan.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Sequence
+from typing import Final, NamedTuple, TypeAlias
+
+from baton.kv_layout import UNIT_TOKENS
+from kvtransfer.api import TransferId
+from kvtransfer.messages import DIGEST_BYTES, Data
+from kvtransfer.plan import HASH_BYTES, FETCHED_FRAME_BYTES, FRAME_BYTES, Copy, CopyPlan, Run, TableRuns, zip_runs
+
+_NO_DIGEST: Final = bytes(DIGEST_BYTES)
+_MAX_CACHED_COPIES: Final = 16
+_FIRST_FRAME_BYTES: Final = 512 * 1024
+"""Frames grow with what has been sent, so that the receiver starts early and has few frames to handle later."""
+_WINDOW_PARTS: Final = 4
+"""A receiver returns credit when a quarter of the window is consumed; a sender's frame takes at most half of it."""
+
+Part: TypeAlias = tuple[int, list[Run]]
+"""A layer, and bytes of it in canonical order, relative to the layer's start in the pool. Lists are shared."""
+
+
+class Outgoing(NamedTuple):
+    """One frame of KV to send: its digest is still to be filled in."""
+
+    frame: Data
+    parts: list[Part]
+    """Source bytes."""
+    num_bytes: int
+
+
+class Landing(NamedTuple):
+    """Where the bytes of one data frame belong."""
+
+    parts: list[Part]
+    """Destination bytes."""
+    copies: list[list[Copy]] | None
+    """Per part: how the receiver fetches the bytes itself. None: they come on the stream."""
+    num_bytes: int
+
+
+class Misfit(Exception):
+    """A data frame contradicts the reservation."""
+
+
+def least_window(plan: CopyPlan) -> int:
+    """The smallest window with which a sender never waits for credit that the receiver keeps back."""
+    return 2 * plan.max_unit_bytes
+
+
+class SendLane:
+    """What a sending rank has sent to one receiving rank.
+
+    Every (layer, token) is handed out once, in frames of whole units; the last unit of the sequence ends with its
+    last token, and the bytes after it are neither read nor sent.
+    """
+
+    def __init__(self, num_layers: int, block_table: Sequence[int], num_tokens: int) -> None:
+        self._block_table = block_table
+        self._num_tokens = num_tokens
+        self._plan: CopyPlan | None = None
+        self._runs: TableRuns | None = None
+        self._window_bytes = 0
+        self._bytes_credited = 0
+        self._sent_tokens = [0] * num_layers
+        self._ready: dict[int, None] = {}
+        self.bytes_sent = 0
+        self.is_accepted = False
+        self.is_queued = False
+        """In its link's round of lanes that may have a frame."""
+
+    def connect(self, plan: CopyPlan) -> None:
+        """The link is up."""
+        self._plan = plan
+        self._runs = TableRuns(plan.source_sides, plan.group_tokens, self._block_table)
+
+    def accept(self, first_token: int, window_bytes: int) -> bool:
+        """The receiver wants tokens from `first_token` on; False if what it says makes no sense."""
+        assert self._plan is not None
+        if window_bytes < least_window(self._plan):
+            return False
+        self.is_accepted = True
+        self._window_bytes = window_bytes
+        self._sent_tokens = [first_token] * len(self._sent_tokens)
+        return True
+
+    def mark_ready(self, layer: int, sendable_tokens: int) -> None:
+        """Tokens [0, sendable_tokens) of a layer may go out."""
+        if not self.is_accepted or self._plan is None or not self._plan.unit_bytes[layer]:
+            return
+        if sendable_tokens > self._sent_tokens[layer]:
+            self._ready[layer] = None
+
+    @property
+    def has_ready(self) -> bool:
+        """Is something written that is not sent?"""
+        return bool(self._ready)
+
+    def credit(self, total_bytes: int) -> bool:
+        """The receiver has consumed so many bytes since the beginning; False if more than were sent."""
+        self._bytes_credited = max(self._bytes_credited, total_bytes)
+        return total_bytes <= self.bytes_sent
+
+    def next_frame(
+        self, transfer_id: TransferId, sendable: Callable[[int], int], *, name_blocks: bool
+    ) -> Outgoing | None:
+        """The next frame; it counts as sent. None: nothing is ready or there is no credit for it."""
+        plan, runs = self._plan, self._runs
+        if not self._ready or plan is None or runs is None:
+            return None
+        limit_bytes = min(FETCHED_FRAME_BYTES if name_blocks else FRAME_BYTES, self._window_bytes // 2)
+        max_bytes = min(limit_bytes, max(_FIRST_FRAME_BYTES, self.bytes_sent))
+        layer = next(iter(self._ready))
+        first, limit = self._sent_tokens[layer], sendable(layer)
+        end = plan.frame_end(layer, first, limit, max_bytes)
+        num_bytes = plan.num_bytes(layer, end - first)
+        num_layers = 1
+        while end == limit:  # neighbouring layers that are ready to the same token travel in one frame
+            following = layer + num_layers
+            if following not in self._ready or self._sent_tokens[following] != first or sendable(following) != end:
+                break
+            more = plan.num_bytes(following, end - first)
+            if num_bytes + more > max_bytes:
+                break
+            num_bytes += more
+            num_layers += 1
+        if num_bytes > self._window_bytes - self.bytes_sent + self._bytes_credited:
+            return None
+        self.bytes_sent += num_bytes
+        layers = range(layer, layer + num_layers)
+        for number in layers:
+            self._sent_tokens[number] = end
+            if end == limit:
+                del self._ready[number]
+        blocks = self._name_blocks(first, end) if name_blocks else b""
+        first_unit, end_unit = first // UNIT_TOKENS, -(-end // UNIT_TOKENS)
+        ranks = plan.source.tp_rank, plan.destination.tp_rank
+        frame = Data(transfer_id, *ranks, layer, num_layers, first_unit, end_unit - first_unit, _NO_DIGEST, blocks)
+        return Outgoing(frame, [(number, runs.runs(number, first, end)) for number in layers], num_bytes)
+
+    def _name_blocks(self, first_token: int, end_token: int) -> bytes:
+        assert self._plan is not None
+        block_size = self._plan.source.geometry.block_size
+        table = self._block_table[first_token // block_size : -(-end_token // block_size)]
+        return struct.pack(f"<{len(table)}I", *table)
+
+
+class ReceiveLane:
+    """What a receiving rank has received from one source rank: a bitmap of units per layer, and credits."""
+
+    def __init__(self, plan: CopyPlan) -> None:
+        self.plan: Final = plan
+        self.is_accepted = False
+        self.window_bytes = 0
+        self.bytes_landed = 0
+        self._bytes_begun = 0
+        self._bytes_credited = 0
+        self._bytes_expected = 0
+        self._first_token = 0
+        self._num_tokens = 0
+        self._runs: TableRuns | None = None
+        self._got: list[int] = []
+        """Per layer: bit u is set when unit u is in place and verified."""
+        self._full = 0
+        self._copies: dict[tuple[int, int, int, bytes], list[Copy]] = {}
+
+    def accept(self, block_table: Sequence[int], num_tokens: int, first_token: int, window_bytes: int) -> None:
+        """Blocks are granted: tokens [first_token, num_tokens) may come."""
+        plan = self.plan
+        self.is_accepted = True
+        self.window_bytes = max(window_bytes, least_window(plan))
+        self._runs = TableRuns(plan.destination_sides, plan.group_tokens, block_table)
+        self._first_token, self._num_tokens = first_token, num_tokens
+        self._got = [_mask(0, first_token // UNIT_TOKENS)] * len(plan.unit_bytes)
+        self._full = _mask(0, -(-num_tokens // UNIT_TOKENS))
+        self._bytes_expected = sum(plan.num_bytes(i, num_tokens - first_token) for i in range(len(self._got)))
+
+    @property
+    def is_full(self) -> bool:
+        """Is every unit of every layer that this source rank sends there?"""
+        return self.is_accepted and all(
+            got == self._full for got, unit_bytes in zip(self._got, self.plan.unit_bytes, strict=True) if unit_bytes
+        )
+
+    def begin(self, frame: Data, payload_bytes: int | None) -> Landing | None:
+        """Where the bytes of a frame go; None: all its units are here, it is a repetition.
+
+        `payload_bytes` is what the frame announced, None where the receiver fetches the bytes.
+
+        Raises:
+            Misfit: it is not what was reserved.
+        """
+        if not self.is_accepted:
+            raise Misfit("data before the permission to send")
+        plan, runs = self.plan, self._runs
+        assert runs is not None
+        first, end = self._tokens(frame)
+        layers = range(frame.first_layer, frame.first_layer + frame.num_layers)
+        if not layers or layers.stop > len(self._got) or not all(plan.unit_bytes[layer] for layer in layers):
+            raise Misfit(f"no layers {frame.first_layer}+{frame.num_layers} on this link")
+        mask = _mask(frame.first_unit, frame.num_units)
+        there = [self._got[layer] & mask for layer in layers]
+        if any(there):
+            if all(units == mask for units in there):
+                return None
+            raise Misfit("some units came twice")
+        num_bytes = sum([plan.num_bytes(layer, end - first) for layer in layers])
+        if payload_bytes is not None and payload_bytes != num_bytes:
+            raise Misfit(f"a payload of {payload_bytes} bytes where {num_bytes} are due")
+        if self._bytes_begun + num_bytes > self._bytes_credited + self.window_bytes:
+            raise Misfit("more bytes than credited")
+        copies = None
+        if payload_bytes is None:
+            copies = [self._copies_of(runs, layer, first, end, frame.source_blocks) for layer in layers]
+        elif frame.source_blocks:
+            raise Misfit("block ids on a stream")
+        self._bytes_begun += num_bytes
+        return Landing([(layer, runs.runs(layer, first, end)) for layer in layers], copies, num_bytes)
+
+    def landed(self, frame: Data, num_bytes: int) -> int | None:
+        """The bytes are in place and verified. Answers the total to credit, when it is time."""
+        mask = _mask(frame.first_unit, frame.num_units)
+        for layer in range(frame.first_layer, frame.first_layer + frame.num_layers):
+            self._got[layer] |= mask
+        self.bytes_landed += num_bytes
+        if self._bytes_credited + self.window_bytes >= self._bytes_expected:
+            return None  # the sender may send all the rest
+        if self.bytes_landed - self._bytes_credited < self.window_bytes // _WINDOW_PARTS:
+            return None
+        self._bytes_credited = self.bytes_landed
+        return self.bytes_landed
+
+    @property
+    def is_expecting(self) -> bool:
+        """Are bytes still to land?"""
+        return self.bytes_landed < self._bytes_expected
+
+    def _tokens(self, frame: Data) -> tuple[int, int]:
+        """The frame's tokens [first, end); the last unit may be partial."""
+        end_unit = -(-self._num_tokens // UNIT_TOKENS)
+        first_unit = self._first_token // UNIT_TOKENS
+        if not first_unit <= frame.first_unit < frame.first_unit + frame.num_units <= end_unit:
+            raise Misfit(f"units {frame.first_unit}+{frame.num_units} are outside {first_unit}..{end_unit}")
+        end = (frame.first_unit + frame.num_units) * UNIT_TOKENS
+        return frame.first_unit * UNIT_TOKENS, min(end, self._num_tokens)
+
+    def _copies_of(self, runs: TableRuns, layer: int, first: int, end: int, source_blocks: bytes) -> list[Copy]:
+        """How to fetch tokens [first, end) of a layer from the blocks that the sender names."""
+        plan = self.plan
+        key = (id(plan.source_sides[layer]), first, end, source_blocks)
+        found = self._copies.get(key)
+        if found is None:
+            blocks, first_block = _checked_blocks(plan, first, end, source_blocks)
+            source = TableRuns(plan.source_sides, plan.group_tokens, blocks, first_block)
+            if len(self._copies) >= _MAX_CACHED_COPIES:
+                self._copies.clear()
+            to, fro = runs.runs(layer, first, end), source.runs(layer, first, end)
+            found = self._copies[key] = zip_runs(to, fro, HASH_BYTES)
+        return found
+
+
+def _checked_blocks(plan: CopyPlan, first: int, end: int, source_blocks: bytes) -> tuple[tuple[int, ...], int]:
+    """The sender's blocks for tokens [first, end), and which of the sequence the first one is.
+
+    Raises:
+        Misfit: not as many as the tokens take, or not in its pool.
+    """
+    geometry = plan.source.geometry
+    first_block = first // geometry.block_size
+    num_blocks = -(-end // geometry.block_size) - first_block
+    if len(source_blocks) != 4 * num_blocks:
+        raise Misfit(f"{len(source_blocks)} bytes of block ids where {num_blocks} blocks are due")
+    blocks = struct.unpack(f"<{num_blocks}I", source_blocks)
+    if max(blocks) >= geometry.num_blocks:
+        raise Misfit("a block id outside the sender's pool")
+    return blocks, first_block
+
+
+def _mask(first_unit: int, num_units: int) -> int:
+    return ((1 << num_units) - 1) << first_unit

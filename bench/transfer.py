@@ -26,7 +26,6 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
@@ -262,9 +261,11 @@ class Receiver:
 def measure(receiver: Receiver, arms: list[str], num_tokens: int, block_size: int, table: str, pairs: int) -> list[Row]:
     """Interleaved rounds of every arm."""
     num_blocks = -(-num_tokens // block_size)
-    order: Callable[[int], list[int]] = lambda seed: (
-        list(range(num_blocks)) if table == "in order" else np.random.default_rng(seed).permutation(num_blocks).tolist()
-    )
+
+    def order(seed: int) -> list[int]:
+        blocks = np.arange(num_blocks) if table == "in order" else np.random.default_rng(seed).permutation(num_blocks)
+        return [int(block) for block in blocks]
+
     times: dict[str, list[float]] = {arm: [] for arm in arms}
     for number in range(pairs + 1):
         for arm in arms:

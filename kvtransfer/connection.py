@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 from kvtransfer.api import PeerRank
+from kvtransfer.arrival import Arrival
 from kvtransfer.auth import Acceptor, Connector, LinkKey, Refusal, RefusalCode, Session
-from kvtransfer.lanes import Landing
+from kvtransfer.frames import Sink
 from kvtransfer.link import Link, OutgoingFrame
 from kvtransfer.messages import Goodbye, Hello, Message, ProtocolError, code_of, is_handshake
 from kvtransfer.plan import FRAME_BYTES
@@ -53,7 +54,7 @@ class ConnectionOwner(Protocol):
     def opened(self, connection: Connection) -> None:
         """The handshake succeeded: `session` is set."""
 
-    def begin(self, connection: Connection, message: Message, payload_bytes: int) -> list[memoryview] | None:
+    def begin(self, connection: Connection, message: Message, payload_bytes: int) -> Sink | None:
         """A message came; where does its payload go?"""
 
     def end(self, connection: Connection, message: Message) -> None:
@@ -87,8 +88,8 @@ class Connection:
         self.deadline_s: Final = deadline_s
         """When the handshake must be done."""
         self.session: Session | None = None
-        self.landing: Landing | None = None
-        """Receiver: where the payload that is being read belongs."""
+        self.arrival: Arrival | None = None
+        """Receiver: the data frame whose payload is being read."""
         self.mapped: shm.MappedPool | None = None
         """Receiver on shared memory: the sender's pool."""
         self.is_connecting = isinstance(handshake, Connector)
@@ -140,7 +141,7 @@ class Connection:
         if self.is_closed:
             return
         self.is_closed = True
-        self.landing = None
+        self.arrival = None
         self.link.close()
         if self.mapped is not None:
             self.mapped.close()
@@ -148,7 +149,7 @@ class Connection:
     def _pull(self) -> OutgoingFrame | None:
         return None if self.session is None else self._owner.pull(self)
 
-    def _begin(self, message: Message, payload_bytes: int) -> list[memoryview] | None:
+    def _begin(self, message: Message, payload_bytes: int) -> Sink | None:
         return None if self.session is None else self._owner.begin(self, message, payload_bytes)
 
     def _end(self, message: Message) -> None:

@@ -17,6 +17,6 @@ class FaultHook(Protocol):
         """
         ...
 
-    def after_landing(self, frame: Data, landed: list[memoryview]) -> None:
-        """The bytes are in place and about to be verified."""
+    def after_landing(self, frame: Data, piece: memoryview) -> None:
+        """A piece of the payload is in place and about to be verified."""
         ...

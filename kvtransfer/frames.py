@@ -18,7 +18,7 @@ import hashlib
 import hmac
 import struct
 from collections.abc import Callable
-from typing import Final
+from typing import Final, NamedTuple
 
 from kvtransfer.messages import (
     UNAUTHENTICATED_BODY_BYTES,
@@ -65,6 +65,15 @@ def encode_frame(message: Message, tagger: Tagger, payload_bytes: int = 0) -> by
     return head + tagger.tag(head, body) + body
 
 
+class Sink(NamedTuple):
+    """Where a payload goes."""
+
+    views: list[memoryview]
+    """As long as the payload, in order; the list is used up."""
+    landed: Callable[[memoryview], None] | None
+    """Told of every piece that is in place, in order, before the next one is read."""
+
+
 class FrameReader:
     """Turns a byte stream into messages and places payloads, by filling buffers that it asks for.
 
@@ -75,7 +84,7 @@ class FrameReader:
 
     def __init__(
         self,
-        begin: Callable[[Message, int], list[memoryview] | None],
+        begin: Callable[[Message, int], Sink | None],
         end: Callable[[Message], None],
         max_control_bytes: int,
     ) -> None:
@@ -90,6 +99,7 @@ class FrameReader:
         self._code = 0
         self._payload_bytes = 0
         self._message: Message | None = None
+        self._landed: Callable[[memoryview], None] | None = None
         self._pending: list[memoryview] = [memoryview(self._head)]
         self._advance = self._head_read
 
@@ -119,14 +129,19 @@ class FrameReader:
         Raises:
             ProtocolError: the stream can not be understood any more.
         """
-        pending = self._pending
+        pending, landed = self._pending, self._landed
+        done = 0
         while num_bytes:
-            first = pending[0]
+            first = pending[done]
             if num_bytes < len(first):
-                pending[0] = first[num_bytes:]
-                return
+                pending[done] = first[num_bytes:]
+                first = first[:num_bytes]
+            else:
+                done += 1
             num_bytes -= len(first)
-            del pending[0]
+            if landed is not None:
+                landed(first)
+        del pending[:done]
         if not pending:
             self._advance()
 
@@ -134,6 +149,7 @@ class FrameReader:
         """Let the rest of the payload that is being read go nowhere."""
         if self._message is not None:
             self._pending = _scratch(sum(len(view) for view in self._pending))
+            self._landed = None
 
     def _head_read(self) -> None:
         magic, form, code, body_bytes, payload_bytes = _HEAD.unpack_from(self._head)
@@ -167,11 +183,11 @@ class FrameReader:
             self._end(message)
             return
         self._message = message
-        self._pending = _scratch(self._payload_bytes) if sink is None else sink
+        self._pending, self._landed = (_scratch(self._payload_bytes), None) if sink is None else sink
         self._advance = self._payload_read
 
     def _payload_read(self) -> None:
-        message, self._message = self._message, None
+        message, self._message, self._landed = self._message, None, None
         assert message is not None
         self._expect_head()
         self._end(message)

@@ -13,7 +13,7 @@ from typing import Final, NamedTuple, TypeAlias
 from baton.kv_layout import UNIT_TOKENS
 from kvtransfer.api import TransferId
 from kvtransfer.messages import DIGEST_BYTES, Data
-from kvtransfer.plan import HASH_BYTES, FETCHED_FRAME_BYTES, FRAME_BYTES, Copy, CopyPlan, Run, TableRuns, zip_runs
+from kvtransfer.plan import FETCHED_FRAME_BYTES, FRAME_BYTES, HASH_BYTES, Copy, CopyPlan, Run, TableRuns, zip_runs
 
 _NO_DIGEST: Final = bytes(DIGEST_BYTES)
 _MAX_CACHED_COPIES: Final = 16

@@ -11,8 +11,9 @@ from collections.abc import Callable
 from typing import Final, NamedTuple
 
 from kvtransfer.api import TransferId
-from kvtransfer.frames import FrameReader, Tagger, encode_frame
+from kvtransfer.frames import FrameReader, Sink, Tagger, encode_frame
 from kvtransfer.messages import Data, Message, ProtocolError
+from kvtransfer.plan import HASH_BYTES
 
 _MAX_IOV: Final = 512
 """Buffers per system call; the kernel's limit is 1024."""
@@ -45,7 +46,7 @@ class Link:
     def __init__(
         self,
         sock: socket.socket,
-        begin: Callable[[Message, int], list[memoryview] | None],
+        begin: Callable[[Message, int], Sink | None],
         end: Callable[[Message], None],
         pull: Callable[[], OutgoingFrame | None],
         max_control_bytes: int,
@@ -165,9 +166,8 @@ class Link:
         """
         self._budget = _TURN_BYTES
         while self._budget > 0:
-            buffers = self._reader.buffers()
             try:
-                count = self._receive(buffers[:_MAX_IOV] if len(buffers) > _MAX_IOV else buffers)
+                count = self._receive(self._reader.buffers())
             except BlockingIOError:
                 break
             except OSError as error:
@@ -190,8 +190,12 @@ class Link:
         self._budget -= num_bytes
 
     def _receive(self, buffers: list[memoryview]) -> int:
+        """Read about HASH_BYTES, so that they are hashed while they are in cache."""
         if not self._wants_fd:
-            return self._sock.recv_into(buffers[0]) if len(buffers) == 1 else self._sock.recvmsg_into(buffers)[0]
+            first = buffers[0]
+            if len(buffers) == 1 or len(first) >= HASH_BYTES // 2:
+                return self._sock.recv_into(first, min(len(first), HASH_BYTES))
+            return self._sock.recvmsg_into(buffers[: min(_MAX_IOV, HASH_BYTES // len(first) + 1)])[0]
         space = socket.CMSG_SPACE(_MAX_FDS * array.array("i").itemsize)
         count, ancillary, _, _ = self._sock.recvmsg_into(buffers, space, socket.MSG_CMSG_CLOEXEC)
         for level, kind, data in ancillary:

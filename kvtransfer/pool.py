@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Final, TypeAlias
 
 import numpy as np
@@ -74,18 +74,19 @@ def data_digest(context: bytes, frame: Data, views: Iterable[memoryview]) -> byt
     return hasher.digest()
 
 
-def fetch(destination: Pool, source: Pool, layer: int, copies: Iterable[Copy], hasher: xxhash.xxh3_128 | None) -> None:
-    """Copy one layer's part of a frame from another pool, and feed the hasher from where it landed.
+def fetch(
+    destination: Pool, source: Pool, layer: int, copies: Iterable[Copy], landed: Callable[[memoryview], None] | None
+) -> None:
+    """Copy one layer's part of a frame from another pool; `landed` gets each piece (of at most HASH_BYTES) at once.
 
-    Each copy (of at most HASH_BYTES) is hashed right after it is made, while it is in cache. Neither holds the GIL
-    but for small pieces.
+    The copies do not hold the GIL, but for small ones.
     """
     to, fro = destination.array(layer), source.array(layer)
-    if hasher is None:
+    if landed is None:
         for start, end, from_start, from_end in copies:
             to[start:end] = fro[from_start:from_end]
         return
-    view, update = destination.layer(layer), hasher.update
+    view = destination.layer(layer)
     for start, end, from_start, from_end in copies:
         to[start:end] = fro[from_start:from_end]
-        update(view[start:end])
+        landed(view[start:end])

@@ -14,13 +14,15 @@ from typing import Any, Final, TypeAlias
 
 from baton.clock import Clock
 from kvtransfer.api import EndpointConfig, EndpointStats, PeerRank, TransferEvent, TransferId
-from kvtransfer.auth import Acceptor, Connector, LinkKey, Refusal, RefusalCode, Session
+from kvtransfer.arrival import Arrival
+from kvtransfer.auth import Acceptor, Connector, LinkKey, Refusal, RefusalCode
 from kvtransfer.connection import HANDSHAKE_S, Connection, Dialling, PeerRefused, Role
 from kvtransfer.faults import FaultHook
+from kvtransfer.frames import Sink
 from kvtransfer.lanes import Landing, Part
 from kvtransfer.link import LinkClosed, OutgoingFrame
 from kvtransfer.messages import DIGEST_BYTES, NONCE_BYTES, Data, Goodbye, Message, ProtocolError
-from kvtransfer.pool import Pool, data_digest, data_hasher, fetch
+from kvtransfer.pool import Pool, data_digest
 from kvtransfer.protocol import CloseLink, Connect, DataReady, Emit, Send, StopIO
 from kvtransfer.receiving import ReceiveSide
 from kvtransfer.sending import SendSide
@@ -217,7 +219,7 @@ class TransferThread:
         """Copies here are synchronous, so it is enough that no link points into the transfer's blocks any more."""
         for connection in connections:
             if connection.link.stop_io(transfer_id):
-                connection.landing = None
+                connection.arrival = None
                 self.receive.num_stale += 1
 
     def _flush(self) -> None:
@@ -445,61 +447,52 @@ class TransferThread:
             extra={"peer": str(dialling.key), "transport": connection.transport, "problems": dialling.problems},
         )
 
-    def begin(self, connection: Connection, message: Message, payload_bytes: int) -> list[memoryview] | None:
+    def begin(self, connection: Connection, message: Message, payload_bytes: int) -> Sink | None:
         """Where the payload of a message goes."""
         if type(message) is not Data or connection.role is not Role.RECEIVER or connection.is_fetched:
             return None
         landing = self.receive.begin_data(self._clock.now(), connection.key, message, payload_bytes)
-        connection.landing = landing
-        return None if landing is None else self._views(landing.parts)
+        if landing is None:
+            return None
+        connection.arrival = arrival = self._arrival(connection, message, landing)
+        return Sink(self._views(landing.parts), arrival.landed)
 
     def end(self, connection: Connection, message: Message) -> None:
         """A message is complete."""
         if type(message) is not Data or connection.role is not Role.RECEIVER:
             self._side(connection).on_message(self._now, connection.key, message)
-            return
-        if connection.is_fetched:
+        elif connection.mapped is not None:
             landing = self.receive.begin_data(self._clock.now(), connection.key, message, None)
+            if landing is not None:
+                connection.link.charge(landing.num_bytes)
+                arrival = self._arrival(connection, message, landing)
+                arrival.fetch(self._pool, connection.mapped.pool)
+                self._arrived(connection, arrival)
+        elif connection.arrival is not None:
+            arrival, connection.arrival = connection.arrival, None
+            self._arrived(connection, arrival)
+
+    def _arrival(self, connection: Connection, frame: Data, landing: Landing) -> Arrival:
+        session = connection.session
+        assert session is not None
+        return Arrival(frame, landing, session.context if session.verify else None, self._faults)
+
+    def _arrived(self, connection: Connection, arrival: Arrival) -> None:
+        """All bytes of a frame are in place."""
+        assert connection.session is not None
+        frame, num_bytes, verified = arrival.frame, arrival.landing.num_bytes, arrival.is_verified
+        self._bytes_received += num_bytes
+        if verified:
+            self._frames_verified += connection.session.verify
         else:
-            landing, connection.landing = connection.landing, None
-        if landing is not None:
-            self._landed(connection, message, landing)
+            self._integrity_failures += 1
+            log.error("KV bytes do not match their digest", extra={"peer": str(connection), "frame": frame[1:7]})
+        self.receive.data_landed(self._clock.now(), connection.key, frame, num_bytes, verified=verified)
 
     def _views(self, parts: list[Part]) -> list[memoryview]:
         if len(parts) == 1:
             return self._pool.views(*parts[0])
         return [view for layer, runs in parts for view in self._pool.views(layer, runs)]
-
-    def _landed(self, connection: Connection, frame: Data, landing: Landing) -> None:
-        """The bytes are there, or are to be fetched now: verify them where they are."""
-        session, mapped = connection.session, connection.mapped
-        assert session is not None
-        if mapped is None:
-            views = self._views(landing.parts)
-            if self._faults is not None:
-                self._faults.after_landing(frame, views)
-            verified = not session.verify or data_digest(session.context, frame, views) == frame.digest
-        else:
-            connection.link.charge(landing.num_bytes)
-            verified = self._fetch(mapped.pool, session, frame, landing)
-        self._bytes_received += landing.num_bytes
-        if verified:
-            self._frames_verified += session.verify
-        else:
-            self._integrity_failures += 1
-            log.error("KV bytes do not match their digest", extra={"peer": str(connection), "frame": frame[1:7]})
-        self.receive.data_landed(self._clock.now(), connection.key, frame, landing.num_bytes, verified=verified)
-
-    def _fetch(self, source: Pool, session: Session, frame: Data, landing: Landing) -> bool:
-        assert landing.copies is not None
-        hasher = data_hasher(session.context, frame) if session.verify and self._faults is None else None
-        for (layer, _), copies in zip(landing.parts, landing.copies, strict=True):
-            fetch(self._pool, source, layer, copies, hasher)
-        if self._faults is not None:
-            views = self._views(landing.parts)
-            self._faults.after_landing(frame, views)
-            return not session.verify or data_digest(session.context, frame, views) == frame.digest
-        return hasher is None or hasher.digest() == frame.digest
 
     def pull(self, connection: Connection) -> OutgoingFrame | None:
         """The next data frame of a link."""

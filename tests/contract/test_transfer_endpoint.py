@@ -480,10 +480,10 @@ class FlipOneByte:
             self._flip(payload)
         return payload
 
-    def after_landing(self, frame: Data, landed: list[memoryview]) -> None:
+    def after_landing(self, frame: Data, piece: memoryview) -> None:
         """See FaultHook."""
         if self._where == "landing":
-            self._flip(landed)
+            self._flip([piece])
 
 
 @pytest.mark.parametrize("where", ["send", "landing"])
@@ -518,7 +518,7 @@ class SwapFrames:
                 view[:] = other
         return payload
 
-    def after_landing(self, frame: Data, landed: list[memoryview]) -> None:
+    def after_landing(self, frame: Data, piece: memoryview) -> None:
         """See FaultHook."""
 
 

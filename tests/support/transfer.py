@@ -229,7 +229,7 @@ class BlockingHook:
         self._pass("send")
         return payload
 
-    def after_landing(self, frame: object, landed: list[memoryview]) -> None:
+    def after_landing(self, frame: object, piece: memoryview) -> None:
         """See FaultHook."""
         self._pass("landing")
 

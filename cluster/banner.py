@@ -5,18 +5,30 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
+from baton import __version__
 from baton.config import Config
-from cluster.topology import ROUTER, ModelChoice, WorkerPlan
+from cluster.topology import FRONT, ROUTER, ModelChoice, WorkerPlan
+from cluster.waterfall import size
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A part of a start; times are seconds since the command."""
+
+    name: str
+    begin_s: float
+    end_s: float
 
 
 class StartUp:
-    """When each step of a start ended, in seconds since the command was given."""
+    """When each step of a start began and ended."""
 
     def __init__(self, began: float) -> None:
         self._began = began
-        self.steps: list[tuple[str, float, float]] = []
+        self.steps: list[Step] = []
         self.total_s: float | None = None
 
     @property
@@ -34,23 +46,96 @@ class StartUp:
         """Record what happens inside as a step."""
         begin = self.elapsed_s
         yield
-        self.steps.append((name, begin, self.elapsed_s))
+        self.add(name, begin)
 
-    def mark(self, name: str) -> None:
-        """Record everything until now as a step."""
-        self.steps.append((name, 0.0, self.elapsed_s))
+    def add(self, name: str, begin_s: float) -> None:
+        """Record a step that ends now."""
+        self.steps.append(Step(name, begin_s, self.elapsed_s))
 
     def finish(self) -> None:
         """It is ready."""
         self.total_s = self.elapsed_s
 
 
+@dataclass(slots=True)
+class UnitFacts:
+    """What the supervisor knows of a worker or a router, across its starts."""
+
+    state: str = "starting"
+    reports: Mapping[str, Mapping[str, Any]] | None = None
+    """What its processes said when they were ready, by process name."""
+    pids: Mapping[str, int] | None = None
+    incarnation: str | None = None
+    restarts: int = 0
+
+
 def banner(
     config: Config,
     model: ModelChoice,
     workers: Sequence[WorkerPlan],
-    facts: Mapping[str, Mapping[str, Any]],
+    facts: Mapping[str, UnitFacts],
     start_up: StartUp,
+    logs: str,
 ) -> str:
-    """The greeting."""
-    return f"ready in {start_up.total_s}: {facts[ROUTER]}"
+    """The greeting: what runs, where it listens, what it has, how long the start took, what to try."""
+    router = (facts[ROUTER].reports or {}).get(ROUTER, {})
+    http_url, grpc_url = router.get("http_url", ""), router.get("grpc_url", "")
+    rows = [
+        ("", f"Baton {__version__} serves {model.name}, ready after {start_up.total_s or 0.0:.1f} s"),
+        ("model", model.path or "simulated"),
+        ("workers", _shape(workers, config)),
+        *((plan.worker_id, _worker(plan, facts[plan.worker_id])) for plan in workers),
+        ("http", f"{http_url}/v1  (OpenAI-compatible; /health, /metrics)"),
+        ("grpc", f"{grpc_url}  (KServe v2)"),
+        ("start", _steps(start_up)),
+        ("logs", f"{logs}  (removed at the end unless something fails)"),
+        ("try", f"baton chat, baton status, baton trace, or\n{_curl(http_url, model.name, config)}"),
+    ]
+    width = max(len(label) for label, _ in rows) + 2
+    lines = []
+    for label, text in rows:
+        first, *rest = text.splitlines()
+        lines.append(f"  {label:<{width}}{first}" if label else f"\n{first}")
+        lines.extend(f"  {'':<{width}}{more}" for more in rest)
+    return "\n".join(lines) + "\n"
+
+
+def _shape(workers: Sequence[WorkerPlan], config: Config) -> str:
+    counts: dict[tuple[str, int], int] = {}
+    for plan in workers:
+        counts[plan.role, plan.tp_size] = counts.get((plan.role, plan.tp_size), 0) + 1
+    shape = " + ".join(f"{count} {role} (tp {tp_size})" for (role, tp_size), count in counts.items())
+    where = "an embedded Ray" if config.cluster.address is None else f"the Ray cluster {config.cluster.address}"
+    text = f"{shape}, started " + (f"by {where}" if config.cluster.launcher == "ray" else "directly")
+    if any(plan.role == "prefill" for plan in workers):
+        text += f"; KV moves by {', else '.join(config.transfer.transports)}"
+    return text
+
+
+def _worker(plan: WorkerPlan, facts: UnitFacts) -> str:
+    reports = facts.reports or {}
+    parts = [f"{reports.get(FRONT, {}).get('address', '')}"]
+    kv = reports.get("rank 0", {}).get("kv", {})
+    if kv:
+        tokens = kv["num_blocks"] * kv["block_size"]
+        memory = size(kv["pool_bytes"]) + (" per rank" if plan.tp_size > 1 else "")
+        parts.append(f"KV {kv['num_blocks']} blocks of {kv['block_size']} = {tokens} tokens, {memory}")
+    slowest: dict[str, float] = {}
+    for report in reports.values():
+        for step, seconds in report.get("timings", {}).items():
+            slowest[step] = max(slowest.get(step, 0.0), seconds)
+    if slowest:
+        parts.append(", ".join(f"{step.removesuffix('_s').replace('_', ' ')} {s:.1f} s" for step, s in slowest.items()))
+    return "  ".join(parts)
+
+
+def _steps(start_up: StartUp) -> str:
+    steps = sorted(start_up.steps, key=lambda step: step.end_s)
+    return ", ".join(f"{step.name} {step.begin_s:.1f}-{step.end_s:.1f} s" for step in steps)
+
+
+def _curl(http_url: str, model: str, config: Config) -> str:
+    key = "-H 'authorization: Bearer KEY' " if config.router.api_key_file is not None else ""
+    question = "What is Baton?" if config.model.path is None else "Hello!"
+    body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "{question}"}}]}}'
+    return f"curl {http_url}/v1/chat/completions {key}-H 'content-type: application/json' -d '{body}'"

@@ -170,6 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Do what the command line says; the exit status (2: it can not be understood, 1: it failed)."""
     began = time.monotonic()
     arguments = _parser().parse_args(["version"] if argv == ["--version"] else argv)
+    from cluster.client import ClientError
     from cluster.run_dir import RunDirError
 
     try:
@@ -179,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         sys.stderr.write(f"baton: {error}\n")
         return EXIT_USAGE
-    except RunDirError as error:
+    except (RunDirError, ClientError) as error:
         sys.stderr.write(f"baton: {error}\n")
         return EXIT_FAILED
     except KeyboardInterrupt:

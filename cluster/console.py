@@ -7,6 +7,7 @@ import sys
 import time
 from typing import Any, Final, Literal, TextIO
 
+from cluster import waterfall
 from cluster.process_log import REQUEST_FINISHED
 
 Style = Literal["json", "text"]
@@ -41,9 +42,16 @@ class Console:
         line = {"time": stamp, "level": level, "logger": "cluster", "event": text, **fields}
         self._write(json.dumps(line, default=str))
 
-    def show(self, block: str) -> None:
-        """Some lines for people, whatever the style."""
-        self._write(block)
+    def greet(self, banner: str, **fields: Any) -> None:
+        """The server is ready: the banner for people, its facts for programs."""
+        if self._style == "text":
+            self._write(banner)
+        else:
+            self.say("ready", **fields)
+
+    def complain(self, sentence: str) -> None:
+        """Why the server ends, in the form of a command's error, whatever the style."""
+        self._write(f"baton: {sentence}")
 
     def child_line(self, process: str, line: str) -> None:
         """A JSON log line of a child."""
@@ -57,7 +65,7 @@ class Console:
         if not isinstance(record, dict):
             self._write(line)
         elif record.get("event") == REQUEST_FINISHED:
-            self._write(f"{_clock_text(time.time())} {request_line(record)}")
+            self._write(f"{_clock_text(time.time())} {waterfall.line(record)}")
         else:
             self._write(f"{_clock_text(time.time())} {_mark(str(record.get('level')))}{process}: {_event_text(record)}")
 
@@ -82,8 +90,3 @@ def _event_text(record: dict[str, Any]) -> str:
     text = f"{record.get('event', '')} {fields}".rstrip()
     exception = str(record.get("exception", "")).strip()
     return f"{text} [{exception.splitlines()[-1]}]" if exception else text
-
-
-def request_line(record: dict[str, Any]) -> str:
-    """A finished request on one line, from the fields of the router's log record."""
-    return _event_text(record)

@@ -22,7 +22,7 @@ from typing import Any, Final
 from baton import auth
 from baton.config import Config, ConfigError, load_config
 from cluster import guardian, process_tree, topology
-from cluster.banner import StartUp, banner
+from cluster.banner import StartUp, UnitFacts, banner
 from cluster.console import Console, choose_style
 from cluster.host import LogLine, Report
 from cluster.launcher_local import LocalLauncher
@@ -84,7 +84,7 @@ class Supervisor:
         self._router: Unit | None = None
         self._ports = (config.router.port, config.router.grpc_port)
         self._fleet: dict[str, str] = {}
-        self._facts: dict[str, dict[str, Any]] = {}
+        self._facts = {name: UnitFacts() for name in self._ready}
         self._given_up: set[str] = set()
 
     async def run(self) -> None:
@@ -136,19 +136,30 @@ class Supervisor:
             raise StartFailed(f"not ready after {limit_s:g} s (cluster.startup_timeout_s): {why}") from None
         self._start_up.finish()
         self._write_state()
-        self._console.show(banner(self._config, self._model, list(self._workers.values()), self._facts, self._start_up))
+        workers, logs = list(self._workers.values()), str(self._run.logs)
+        self._console.greet(
+            banner(self._config, self._model, workers, self._facts, self._start_up, logs),
+            model=self._model.name,
+            ready_s=self._start_up.total_s,
+            steps={step.name: [step.begin_s, step.end_s] for step in self._start_up.steps},
+            router=(self._facts[ROUTER].reports or {}).get(ROUTER),
+            logs=logs,
+        )
 
     async def _keep(self, name: str, start: Callable[[str], Awaitable[Unit]]) -> None:
         """Start a unit, and again whenever it ends."""
         policy = RestartPolicy()
         while True:
             up_since: float | None = None
+            begin_s = self._start_up.elapsed_s
             try:
                 unit = await start(name)
                 try:
                     async with asyncio.timeout(self._config.cluster.startup_timeout_s):
                         reports = await asyncio.shield(unit.state.ready)
                     up_since = time.monotonic()
+                    if not self._ready[name].is_set():
+                        self._start_up.add(name, begin_s)
                     self._on_up(name, unit, {process: report.fields for process, report in reports.items()})
                     how = await asyncio.shield(unit.state.ended)
                 finally:
@@ -164,7 +175,7 @@ class Supervisor:
             if delay_s is None:
                 self._give_up(name, how)
                 return
-            self._facts.setdefault(name, {})["restarts"] = self._facts.get(name, {}).get("restarts", 0) + 1
+            self._facts[name].restarts += 1
             self._console.say(
                 f"{name} was lost: {how}; starting it again in {delay_s:g} s", "warning", unit=name, delay_s=delay_s
             )
@@ -203,14 +214,13 @@ class Supervisor:
 
     def _on_up(self, name: str, unit: Unit, reports: dict[str, dict[str, Any]]) -> None:
         is_restart = self._ready[name].is_set()
-        facts = self._facts.setdefault(name, {})
-        facts.update(reports=reports, pids=dict(unit.state.pids), state="ready")
-        facts.setdefault("ready_s", self._start_up.elapsed_s)
+        facts = self._facts[name]
+        facts.state, facts.reports, facts.pids = "ready", reports, dict(unit.state.pids)
         self._ready[name].set()
         if name == ROUTER:
             self._ports = _ports_of(reports[ROUTER], self._ports)
         else:
-            facts["incarnation"] = unit.state.order.processes[0].spec["incarnation"]
+            facts.incarnation = unit.state.order.processes[0].spec["incarnation"]
             self._fleet[name] = str(reports[topology.FRONT]["address"])
             self._tell_fleet()
         self._write_state()
@@ -218,7 +228,7 @@ class Supervisor:
             self._console.say(f"{name} is back", unit=name)
 
     def _on_down(self, name: str) -> None:
-        self._facts.setdefault(name, {})["state"] = "down"
+        self._facts[name].state = "down"
         if name == ROUTER:
             self._router = None
             self._is_serving.clear()
@@ -242,7 +252,7 @@ class Supervisor:
         self._console.child_line(unit if unit == line.process else f"{unit} {line.process}", line.text)
 
     def _write_state(self) -> None:
-        router = self._facts.get(ROUTER, {}).get("reports", {}).get(ROUTER, {})
+        router = (self._facts[ROUTER].reports or {}).get(ROUTER, {})
         self._run.write_state(
             http_url=router.get("http_url"),
             grpc_url=router.get("grpc_url"),
@@ -250,7 +260,12 @@ class Supervisor:
             model=self._model.name,
             ready=self._start_up.is_finished,
             units={
-                name: {key: facts[key] for key in ("state", "pids", "incarnation", "restarts") if key in facts}
+                name: {
+                    "state": facts.state,
+                    "pids": facts.pids,
+                    "incarnation": facts.incarnation,
+                    "restarts": facts.restarts,
+                }
                 for name, facts in self._facts.items()
             },
         )
@@ -306,7 +321,7 @@ def _build(request: Request, console: Console) -> Supervisor:
     if config.cluster.launcher == "ray":
         num_cpus = sum(plan.tp_size for plan in workers) * config.engine.threads_per_rank
         launcher = RayLauncher(request.run, config.cluster.address, num_cpus)
-    start_up.mark("configuration")
+    start_up.add("configuration", 0.0)
     return Supervisor(config, model, workers, launcher, local, console, request.run, secret, _modules(), start_up)
 
 
@@ -353,10 +368,10 @@ def main() -> int:
     try:
         asyncio.run(_serve(request, console))
     except ConfigError as error:
-        console.show(f"baton: {error}")
+        console.complain(str(error))
         status = guardian.EXIT_USAGE
     except StartFailed as error:
-        console.show(f"baton: {error}")
+        console.complain(str(error))
         status = guardian.EXIT_FAILED
     if os.getppid() != guardian_pid:
         guardian.clean_up_instead(request.run)

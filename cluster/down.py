@@ -1,0 +1,56 @@
+"""`baton down`: end a running `baton serve` of this user."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import time
+from typing import Final
+
+from cluster import client, process_tree, run_dir
+from cluster.client import ClientError
+from cluster.run_dir import Server
+
+_LIMIT_S: Final = 95.0
+"""A little more than the guardian gives the supervisor."""
+_LOOK_AGAIN_S: Final = 0.05
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """End it, wait until it is gone, and say what ended; the exit status."""
+    for run_id in run_dir.remove_dead():
+        sys.stdout.write(f"Removed what server {run_id} had left behind when it was killed.\n")
+    servers = [server for server in run_dir.servers() if server.is_alive]
+    port = arguments.port
+    if arguments.url is not None:
+        servers = [server for server in servers if server.url == arguments.url.rstrip("/")]
+    elif port is not None:
+        servers = [server for server in servers if server.url is not None and server.url.endswith(f":{port}")]
+    if not servers:
+        sys.stdout.write("No such server of yours is running.\n")
+        return 0
+    for server in servers if arguments.all else [client.choose(servers)]:
+        _end(server)
+    return 0
+
+
+def _end(server: Server) -> None:
+    """SIGTERM its guardian, or its supervisor if the guardian was killed.
+
+    Raises:
+        ClientError: it did not end.
+    """
+    process = server.guardian if server.guardian.is_alive else server.supervisor
+    if process is not None and process.is_alive:  # by start time too: a pid may have a new owner
+        os.kill(process.pid, signal.SIGTERM)
+    deadline = time.monotonic() + _LIMIT_S
+    while server.is_alive:
+        if time.monotonic() > deadline:
+            raise ClientError(f"process {server.guardian.pid} did not end within {_LIMIT_S:g} s")
+        time.sleep(_LOOK_AGAIN_S)  # it is no child of ours, so there is nothing to wait on
+    process_tree.kill(process_tree.marked_with(run_dir.RUN_ID_ENV, server.run_dir.run_id))
+    server.run_dir.remove()
+    what = f"{server.state.get('model', 'a model')} at {server.url}" if server.url else "a server that was starting"
+    sys.stdout.write(f"Ended {what} (process {server.guardian.pid}).\n")

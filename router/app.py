@@ -55,14 +55,16 @@ class Router:
         self.admission = Admission(spec.max_concurrent_requests)
         self.metrics = Metrics(spec.served_model_name, self.fleet, self.admission)
         self.book = TimelineBook(spec.trace_capacity, self.metrics.request_finished)
-        dispatcher = Dispatcher(
+        self.dispatcher = Dispatcher(
             self.fleet,
             self.book,
             clock,
             max_attempts=spec.max_attempts,
             local_prefill_max_tokens=spec.local_prefill_max_tokens,
         )
-        self.answers = Answers(tokenizer, dispatcher, self.admission, clock, spawn, timeout_s=spec.request_timeout_s)
+        self.answers = Answers(
+            tokenizer, self.dispatcher, self.admission, clock, spawn, timeout_s=spec.request_timeout_s
+        )
         openai = OpenAiDoor(
             model=spec.served_model_name,
             answers=self.answers,
@@ -144,7 +146,9 @@ async def serving(
     Raises:
         ValueError, OSError: a file is missing or can not be used, the gRPC port is taken.
     """
-    async with asyncio.TaskGroup() as group:
+    async with contextlib.AsyncExitStack() as stack:
+        stack.callback(http_socket.close)
+        group = await stack.enter_async_context(asyncio.TaskGroup())
         router = Router(spec, group.create_task, clock or SystemClock(), on_serving)
         await router.kserve.start(spec.host, spec.grpc_port)
         server = _Server(
@@ -159,13 +163,14 @@ async def serving(
                 timeout_keep_alive=75,
             )
         )
-        group.create_task(server.serve(sockets=[http_socket]), name="http")
+        http = group.create_task(server.serve(sockets=[http_socket]), name="http")
         try:
             yield router
         finally:
             router.close()
             server.should_exit = True
             await router.kserve.stop()
+            await http
 
 
 class _Server(uvicorn.Server):  # type: ignore[misc]  # mypy does not follow uvicorn

@@ -320,7 +320,7 @@ class Attempt:
     def _on_deadline(self) -> None:
         if self._is_finished:
             return
-        if self._decode is None:
+        if self._num_refusals and not self._from_decode:
             self._fail(Overloaded("No decode worker had room within the request's time."))
         else:
             self._fail(DeadlineExceeded("The request's time ran out."))
@@ -339,8 +339,8 @@ class Attempt:
         self._is_aborted = True
         for link in {self._start, self._decode} - {None}:
             assert link is not None
-            if self._is_finished and (link is self._decode or self._from_decode):
-                continue  # the decode worker ended it, and it could because the prefill worker had
+            if self._is_finished and (link is self._start or self._from_decode):
+                continue  # whoever sent the last token is done, and so is who prefilled for it
             link.send(pb.RouterMessage(abort=pb.AbortAttempt(attempt_id=self.id)))
 
     def _wake(self) -> None:

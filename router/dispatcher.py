@@ -24,6 +24,7 @@ logger = logging.getLogger("router")
 MAX_UNREAD_TOKENS: Final = 8192  # of one client that reads too slowly
 RECOVERY_S: Final = 30.0  # how long a request that has begun waits for a worker to come (back)
 _OVERLOAD_PAUSE_S: Final = 0.5
+_TOO_LATE_S: Final = 0.01  # before the deadline nothing new is begun
 
 
 class Dispatcher:
@@ -94,7 +95,8 @@ class Generation:
             except ServeError as error:
                 is_overloaded = isinstance(error, Overloaded)
                 failures += not is_overloaded
-                if self._is_closed or failures >= dispatcher.max_attempts or not (error.retryable or is_overloaded):
+                is_over = self._is_closed or dispatcher.clock.now() > work.deadline - _TOO_LATE_S
+                if is_over or failures >= dispatcher.max_attempts or not (error.retryable or is_overloaded):
                     raise
                 avoid |= attempt.blamed
                 logger.warning(
@@ -104,6 +106,7 @@ class Generation:
                     raise  # every worker has said no
             finally:
                 attempt.close()
+            attempt.settle()  # another one follows: its moments do not count any more
             if is_overloaded and self._delivered:
                 await asyncio.sleep(_OVERLOAD_PAUSE_S)
 

@@ -213,6 +213,9 @@ class WorkerLink:
                     if self.hello is not None:
                         delay_s = _BACKOFF_S[0]
                     self._lose(error.message)
+                task = asyncio.current_task()
+                if task is not None and task.cancelling():
+                    return  # cancelled while the session failed: its TaskGroup reports only the failure
                 await asyncio.sleep(delay_s * random.uniform(0.7, 1.3))
                 delay_s = min(delay_s * 2, _BACKOFF_S[1])
         finally:

@@ -12,7 +12,7 @@ import logging
 import math
 import re
 import secrets
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from typing import Any, Final, Protocol
 
 from starlette.exceptions import HTTPException
@@ -86,7 +86,8 @@ async def on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     message = _EXPLANATIONS.get(error.status_code, error.detail)
     body = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
-    return json_response({"error": body}, error.status_code, dict(error.headers or {}))
+    response = json_response({"error": body}, error.status_code, dict(error.headers or {}))
+    return _Lingering(response) if error.status_code == 413 else response
 
 
 async def on_bug(request: Request, error: Exception) -> Response:
@@ -106,12 +107,12 @@ async def read_json(request: Request, max_bytes: int) -> bytes:
         raise HTTPException(415)
     announced = request.headers.get("content-length", "0")
     if announced.isdecimal() and int(announced) > max_bytes:
-        raise HTTPException(413, headers={"connection": "close"})
+        raise HTTPException(413)
     body = bytearray()
     async for chunk in request.stream():
         body += chunk
         if len(body) > max_bytes:
-            raise HTTPException(413, headers={"connection": "close"})
+            raise HTTPException(413)
     return bytes(body)
 
 
@@ -165,6 +166,29 @@ class EventStream(Response):
                     logger.warning("client does not read", extra={"path": scope["path"]})
 
 
+class _Lingering(Response):
+    """A refusal of a body that is still being sent: most clients read nothing before they have sent it all, so what
+    comes is thrown away for a moment. Closing at once would reset the connection and take the refusal with it."""
+
+    _SECONDS = 1.0
+
+    def __init__(self, refusal: Response) -> None:
+        self._refusal = refusal
+        self.background = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The ASGI application."""
+        headers = [*self._refusal.raw_headers, (b"connection", b"close")]
+        await send({"type": "http.response.start", "status": self._refusal.status_code, "headers": headers})
+        await send({"type": "http.response.body", "body": self._refusal.body, "more_body": True})
+        if not any(name == b"expect" for name, _ in scope["headers"]):  # who asks first has not sent it
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._SECONDS):
+                    while (await receive()).get("more_body"):
+                        pass
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
 class Identified:
     """ASGI middleware: a request id in and out, the time of arrival, a count of responses."""
 
@@ -190,6 +214,3 @@ class Identified:
             await send(message)
 
         await self._app(scope, receive, send_with_id)
-
-
-Endpoint = Callable[[Request], Awaitable[Response]]

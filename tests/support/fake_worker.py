@@ -9,10 +9,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import os
 import socket
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # servers die here on purpose
 
 import grpc.aio
 import httpx
@@ -400,9 +403,11 @@ class Site:
 
 
 @contextlib.asynccontextmanager
-async def site(cluster: FakeCluster, **options: Any) -> AsyncIterator[Site]:
-    """Start the cluster's workers and a router; leave when the block ends, with nothing left."""
+async def site(cluster: FakeCluster, *, send_buffer_bytes: int | None = None, **options: Any) -> AsyncIterator[Site]:
+    """Start the cluster's workers and a router with `options` in its specification."""
     sock = socket.create_server(("127.0.0.1", 0))
+    if send_buffer_bytes is not None:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer_bytes)  # accepted sockets inherit it
     url = f"http://127.0.0.1:{sock.getsockname()[1]}"
     spec = dataclasses.replace(
         RouterSpec("router-0", encode_secret(SECRET), "", "fake", port=0, grpc_port=0), **options

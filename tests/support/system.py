@@ -85,7 +85,7 @@ class System:
         return {name: float(value) for name, _, value in samples}
 
     def client(self, **headers: str) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=60, headers=headers, trust_env=False)
+        return httpx.Client(base_url=self.url, timeout=60, headers=headers, trust_env=False, verify=False)
 
     def status(self) -> dict[str, Any]:
         """What `baton status --json` shows."""

@@ -91,7 +91,7 @@ async def _run(link: ParentLink, spec: RouterSpec, http_socket: socket.socket, t
 def _listen(host: str, port: int) -> socket.socket:
     """A listening socket: bound and listening at once, so that a taken port is known before anything else happens."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # asyncio turns Nagle off where it reads TCP
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         sock.bind((host, port))

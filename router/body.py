@@ -80,6 +80,8 @@ def parse(body_type: type[_Model], data: bytes) -> _Model:
     """
     try:
         tree = json.loads(data, parse_constant=_refuse_constant)
+        if rb"\u" in data:
+            json.dumps(tree, ensure_ascii=False).encode()  # half a surrogate pair is no text, but JSON can spell it
     except (ValueError, RecursionError) as error:
         raise InvalidRequest(f"The body is not valid JSON: {str(error)[:200]}.") from None
     if not isinstance(tree, dict):

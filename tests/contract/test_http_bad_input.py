@@ -113,6 +113,7 @@ BODIES: list[tuple[bytes, str]] = [
     (b"", "not valid JSON"),
     (b"{", "not valid JSON"),
     (b"\xff\xfe", "not valid JSON"),
+    (rb'{"prompt": "\ud800"}', "surrogates not allowed"),
     (b"[1, 2]", "must be a JSON object"),
     (b'"text"', "must be a JSON object"),
     (b'{"prompt": "a", "temperature": NaN}', "NaN is not JSON"),

@@ -20,6 +20,8 @@ from torch import Tensor
 _COUNTER_BYTES: Final = 128  # two cache lines: the hardware fetches neighbours in pairs
 _COUNTER_STRIDE: Final = _COUNTER_BYTES // 8
 _SPINS: Final = 100
+_YIELDS: Final = 500
+_NAP_S: Final = 20e-6
 _YIELDS_PER_CHECK: Final = 64
 _LENGTH: Final = struct.Struct("<I")
 _BYE: Final = 2**32 - 1
@@ -138,7 +140,7 @@ class ShmComm:
         self.size = size
         self._timeout_s = timeout_s
         self._is_closed = False
-        self._num_pieces = 0  # collective pieces so far; the same on all ranks between collectives
+        self.num_pieces = 0  # collective pieces so far; the same on all ranks between collectives
         if rank == 0:
             fd, self._sockets = _gather_followers(str(socket_path), size, slot_bytes, timeout_s)
         else:
@@ -148,7 +150,7 @@ class ShmComm:
             self._map = mmap.mmap(fd, _region_bytes(size, slot_bytes))
         finally:
             os.close(fd)
-        self._slot_bytes = slot_bytes
+        self.slot_bytes = slot_bytes
         self._counters = memoryview(self._map)[: size * _COUNTER_BYTES].cast("Q")
         slots = torch.frombuffer(self._map, dtype=torch.uint8)[_header_bytes(size) :]
         self._slots = slots.view(2, size, slot_bytes)
@@ -211,26 +213,35 @@ class ShmComm:
         self._counters.release()
         del self._slots, self._map  # unmapped when the last view goes
 
+    @property
+    def address(self) -> int:
+        """Of the shared memory: kernels that add by this protocol take and leave `num_pieces`. Valid until `close`."""
+        return int(self._slots.data_ptr()) - _header_bytes(self.size)
+
+    def check_open(self) -> None:
+        """Raises PeerLost after `close`."""
+        if self._is_closed:
+            raise PeerLost("the group is closed")
+
     def _pieces(self, tensor: Tensor) -> Iterator[Tensor]:
-        return iter(torch.split(tensor.view(-1), self._slot_bytes // tensor.element_size()))
+        return iter(torch.split(tensor.view(-1), self.slot_bytes // tensor.element_size()))
 
     def _exchange(self, piece: Tensor, *, reads: bool) -> list[Tensor]:
         """Publish this rank's piece; wait for those of all ranks if it `reads` them. Slots by rank, cut to size."""
-        if self._is_closed:
-            raise PeerLost("the group is closed")
-        number = self._num_pieces
+        self.check_open()
+        number = self.num_pieces
         size_bytes = piece.numel() * piece.element_size()
         slots = [slot[:size_bytes].view(piece.dtype) for slot in self._slots[number % 2]]
         self._wait(number)
         slots[self.rank].copy_(piece)
-        self._num_pieces = number + 1
-        self._counters[self.rank * _COUNTER_STRIDE] = self._num_pieces
+        self.num_pieces = number + 1
+        self._counters[self.rank * _COUNTER_STRIDE] = self.num_pieces
         if reads:
-            self._wait(self._num_pieces)
+            self._wait(self.num_pieces)
         return slots
 
     def _wait(self, count: int) -> None:
-        """Until every rank has published `count` pieces. Spins briefly, then gives way to whoever has work."""
+        """Until every rank has published `count` pieces. Spins, gives way, then naps."""
         began_s = time.monotonic()
         for rank in range(self.size):
             tries = 0
@@ -238,11 +249,15 @@ class ShmComm:
                 tries += 1
                 if tries <= _SPINS:
                     continue
-                os.sched_yield()
+                if tries <= _YIELDS:
+                    os.sched_yield()
+                else:
+                    time.sleep(_NAP_S)  # more processes than cores: the rank that we wait for needs this one
                 if tries % _YIELDS_PER_CHECK == 0:
-                    self._check_peers(rank, time.monotonic() - began_s)
+                    self.check_peers(rank, time.monotonic() - began_s)
 
-    def _check_peers(self, waiting_for: int, waited_s: float) -> None:
+    def check_peers(self, waiting_for: int, waited_s: float) -> None:
+        """For who waits: raises PeerLost, and closes, if a rank is gone or `waiting_for` is later than it may be."""
         ranks = {peer.fileno(): rank for rank, peer in self._sockets.items()}
         gone = [ranks[fd] for fd, _ in self._poll.poll(0)]
         if gone:

@@ -50,12 +50,13 @@ def sample(logits: Tensor, specs: Sequence[SampleSpec]) -> list[Sampled]:
     if not finite.all():
         raise NonFiniteLogits((~finite).nonzero().flatten().tolist())
     return [
-        Sampled(token) if _is_plain_greedy(spec) else _sample_row(logits[row], spec)
+        Sampled(token) if is_plain_greedy(spec) else _sample_row(logits[row], spec)
         for row, (token, spec) in enumerate(zip(greedy.tolist(), specs, strict=True))
     ]
 
 
-def _is_plain_greedy(spec: SampleSpec) -> bool:
+def is_plain_greedy(spec: SampleSpec) -> bool:
+    """Is the token simply the first of the largest logits?"""
     params = spec.params
     return (
         params.temperature == 0

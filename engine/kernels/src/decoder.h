@@ -37,7 +37,8 @@ struct LayerDesc {
 };
 
 struct ModelDesc {
-  int32_t is_bf16, num_layers, hidden_size, num_heads, num_kv_heads, head_dim, block_size, num_head_outputs;
+  int32_t is_bf16, num_layers, hidden_size, num_heads, num_kv_heads, head_dim, block_size;
+  int32_t num_head_outputs;  // of the head's outputs, those that are tokens
   float eps, scale;
   const char* embedding;  // [vocab][hidden]
   const float* final_norm;
@@ -351,7 +352,7 @@ class Decoder final : public DecoderBase {
     const ATiles x = tiles(normed_, n, m_.hidden_size);
     if (step_->logits) {
       apply(m_.head, x, n, thread, [&](auto type, const Scales& scales) {
-        return StoreLogits<decltype(type), T>{step_->logits, round_up(m_.num_head_outputs, kPanel), scales};
+        return StoreLogits<decltype(type), T>{step_->logits, round_up(m_.head.num_outputs, kPanel), scales};
       });
       return;
     }

@@ -17,6 +17,7 @@ from engine.types import (
     Sampled,
     SampleSpec,
     SeqState,
+    StepFailed,
     StepHook,
     StepPlan,
     StepResult,
@@ -30,7 +31,7 @@ class LocalEngine:
     sequence that reaches it ends with LENGTH, and a prompt that leaves no room for one more token is refused; so
     every sequence that is accepted fits when it is alone.
 
-    If the runner raises, the step is lost and the engine is not usable any more: its process must end.
+    If the runner raises anything but StepFailed, the step is lost and the engine is not usable any more: its process must end.
     """
 
     def __init__(self, config: EngineConfig, runner: Runner, hasher: PrefixHasher, clock: Clock) -> None:
@@ -152,9 +153,13 @@ class LocalEngine:
             self._num_steps += 1
             plan = StepPlan(self._num_steps, [self._entry(chunk) for chunk in schedule.chunks])
             run_began = self._clock.now()
-            sampled = self._runner.run(plan, hook)
-            run_s = self._clock.now() - run_began
-            result = self._postprocess(schedule.chunks, sampled, result.preempted)
+            try:
+                sampled = self._runner.run(plan, hook)
+            except StepFailed as failure:
+                result = self._drop(failure, result.preempted)
+            else:
+                run_s = self._clock.now() - run_began
+                result = self._postprocess(schedule.chunks, sampled, result.preempted)
         self._run_s += run_s
         self._bookkeeping_s += self._clock.now() - began - run_s
         return result
@@ -237,6 +242,13 @@ class LocalEngine:
         request = seq.request
         return BatchEntry(seq.attempt_id, start, tokens, seq.block_table, sample, request.tenant, request.cache_salt)
 
+    def _drop(self, failure: StepFailed, preempted: list[AttemptId]) -> StepResult:
+        """End the sequences whose numbers broke down; the others are where they were before the step."""
+        failed = [AttemptId(name) for name in failure.attempt_ids]
+        for attempt_id in failed:
+            self.abort(attempt_id)
+        return StepResult(preempted=preempted, failed=failed)
+
     def _postprocess(
         self, chunks: list[Chunk], results: list[Sampled | None], preempted: list[AttemptId]
     ) -> StepResult:
@@ -262,12 +274,12 @@ class LocalEngine:
             reason = self._finish_reason(seq, sampled.token_id)
             seq.append(sampled.token_id)
             events.append(TokenEvent(seq.attempt_id, index, sampled.token_id, sampled.logprobs, reason, num_cached))
-            if reason is not None:
-                self._finish(seq)
-            elif seq.hold_kv:
+            if seq.hold_kv:
                 self._scheduler.hold(seq)
+            elif reason is not None:
+                self._finish(seq)
         self._num_tokens_computed += total
-        return StepResult(events, started, finished, preempted, total)
+        return StepResult(events, started, finished, preempted, num_tokens=total)
 
     def _finish_reason(self, seq: Sequence, token_id: int) -> FinishReason | None:
         """Why the sequence ends if `token_id` is its next token; None if it goes on."""

@@ -2,37 +2,33 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from baton.kv_layout import KVGeometry, KVLayout, LayerSpec, ModelKV
 from engine.attention.reference import ReferenceAttention
 from engine.comm import Comm, SingleComm
+from engine.cpu_fast import FastDecoder, Greedy
+from engine.kernels.build import KernelsUnavailable
 from engine.kv_pool import TORCH_DTYPES, MemfdPool
 from engine.layers.linear import TorchLinears
 from engine.model_config import ModelConfig, ModelUnsupported, read_model_config
 from engine.models.decoder import Decoder, check_split, optional_tensors, tensor_shapes
 from engine.plan_codec import decode_plan, encode_plan
-from engine.sampler import NonFiniteLogits, sample
-from engine.types import BatchEntry, Sampled, StepHook, StepPlan
+from engine.sampler import NonFiniteLogits, is_plain_greedy, sample
+from engine.types import BatchEntry, Sampled, StepFailed, StepHook, StepPlan
 from engine.weights import Checkpoint, DummyWeights, WeightSource, fingerprint
 
+log = logging.getLogger(__name__)
+
 LOAD_FORMATS: Final = ("auto", "dummy")
-
-
-class StepFailed(RuntimeError):
-    """The step computed no tokens, because the numbers of some sequences broke down.
-
-    `attempt_ids` names them. The same plan without them may be run again.
-    """
-
-    def __init__(self, message: str, attempt_ids: Sequence[str]) -> None:
-        super().__init__(message)
-        self.attempt_ids = tuple(attempt_ids)
+BACKENDS: Final = ("auto", "reference", "fast")
 
 
 class NativeRunner:
@@ -53,18 +49,26 @@ class NativeRunner:
         load_format: str = "auto",
         device: str = "cpu",
         num_threads: int | None = None,
+        cores: Sequence[int] = (),
+        backend: str = "auto",
+        quantization: str | None = None,
     ) -> None:
         """Load this rank's shard and take its pool: `num_blocks` blocks, or as many as fit in `kv_cache_bytes`.
 
         All ranks of `comm` (default: a single one) give equal arguments; the call is collective. The runner owns
         `comm` from then on. `dtype` is float32 or bfloat16, for weights, activations and KV alike; "auto" is what
-        the checkpoint has. `load_format` "dummy" makes weights up. `num_threads` is set for the whole process.
+        the checkpoint has. `load_format` "dummy" makes weights up. `num_threads` is set for the whole process; the
+        threads of the fast backend are pinned to `cores`, if given. `backend`: "fast" is engine.cpu_fast, "reference"
+        plain torch, "auto" the first that works here. `quantization` "int8" needs the fast one.
 
         Raises:
             ModelUnsupported: config.json asks for something that is not computed, or does not split over the ranks.
             WeightsMismatch: the checkpoint does not fit the config.
+            KernelsUnavailable: the fast backend was asked for and can not run here.
             ValueError: an argument is out of its range.
         """
+        if backend not in BACKENDS or quantization not in (None, "int8"):
+            raise ValueError(f"backend {backend!r} is not in {BACKENDS}, or quantization {quantization!r} is not int8")
         if device != "cpu":
             raise ValueError(f"device must be cpu, not {device!r}")
         if load_format not in LOAD_FORMATS:
@@ -85,11 +89,30 @@ class NativeRunner:
         shapes, optional = tensor_shapes(self.config), optional_tensors(self.config)
         is_dummy = load_format == "dummy"
         weights: WeightSource = DummyWeights(shapes, optional) if is_dummy else Checkpoint(model_dir, shapes, optional)
-        self._decoder = Decoder(
-            self.config, weights, dtype=TORCH_DTYPES[dtype], comm=self._comm, linears=TorchLinears()
-        )
         self._pool = MemfdPool(self.layout)
-        self._attention = ReferenceAttention(self._pool, self.config.windows)
+        self._fast: FastDecoder | None = None
+        if backend != "reference" or quantization is not None:
+            try:
+                self._fast = FastDecoder(
+                    self.config,
+                    weights,
+                    dtype=TORCH_DTYPES[dtype],
+                    comm=self._comm,
+                    pool=self._pool,
+                    layout=self.layout,
+                    int8=quantization == "int8",
+                    num_threads=num_threads or 1,
+                    cores=cores or None,
+                )
+            except KernelsUnavailable as error:
+                if backend == "fast" or quantization is not None:
+                    raise
+                log.warning("no fast CPU kernels; plain torch computes, slower", extra={"reason": str(error)})
+        if self._fast is None:
+            self._decoder = Decoder(
+                self.config, weights, dtype=TORCH_DTYPES[dtype], comm=self._comm, linears=TorchLinears()
+            )
+            self._attention = ReferenceAttention(self._pool, self.config.windows)
         self._is_closed = False
 
     def kv_buffer(self) -> memoryview:
@@ -112,7 +135,7 @@ class NativeRunner:
             return []
         self._check(plan)
         try:
-            logits = self._compute(plan, hook)
+            logits = self._compute(plan, hook) if self._fast is None else self._compute_fast(self._fast, plan, hook)
         except BaseException:
             self._comm.close()  # in the middle of a step: the other ranks must not wait for this one
             raise
@@ -138,7 +161,10 @@ class NativeRunner:
         if not self._is_closed:
             self._is_closed = True
             self._comm.close()
-            del self._decoder, self._attention  # they hold views of the pool
+            if self._fast is None:
+                del self._decoder, self._attention  # they hold views of the pool
+            else:
+                self._fast.close()
             self._pool.close()
 
     def _check(self, plan: StepPlan) -> None:
@@ -174,18 +200,42 @@ class NativeRunner:
             hook.step_done()
         return logits
 
+    def _compute_fast(self, fast: FastDecoder, plan: StepPlan, hook: StepHook | None) -> Tensor | Greedy | None:
+        """As `_compute`; only the best logits where no sequence needs more."""
+        assert not self._is_closed
+        if hook is not None:
+            hook.step_begin(plan)
+        written = None if hook is None else (lambda layer: hook.layer_done(layer, None))
+        # A follower's plan says nothing of how to sample, so all ranks go by what is known to all.
+        is_greedy = self._comm.size == 1 and all(
+            entry.sample is None or is_plain_greedy(entry.sample) for entry in plan.entries
+        )
+        with torch.inference_mode():
+            result = fast.greedy(plan.entries, written) if is_greedy else fast.logits(plan.entries, written)
+        if hook is not None:
+            hook.step_done()
+        return result
+
     @torch.inference_mode()
-    def _sampled(self, plan: StepPlan, logits: Tensor | None) -> list[Sampled | None]:
+    def _sampled(self, plan: StepPlan, logits: Tensor | Greedy | None) -> list[Sampled | None]:
         specs = [entry.sample for entry in plan.entries if entry.sample is not None]
         if logits is None:
             return [None] * len(plan.entries)
         try:
-            chosen = iter(sample(logits, specs))
+            chosen = iter(_chosen(logits) if isinstance(logits, Greedy) else sample(logits, specs))
         except NonFiniteLogits as error:
             names = [entry.attempt_id for entry in plan.entries if entry.sample is not None]
             broken = [names[row] for row in error.rows]
             raise StepFailed(f"step {plan.step_id}: logits of {broken} are not finite", broken) from error
         return [None if entry.sample is None else next(chosen) for entry in plan.entries]
+
+
+def _chosen(best: Greedy) -> list[Sampled]:
+    """The tokens of a greedy step. Raises NonFiniteLogits, naming the rows."""
+    finite = np.isfinite(best.logits)
+    if not finite.all():
+        raise NonFiniteLogits(np.flatnonzero(~finite).tolist())
+    return [Sampled(token) for token in best.token_ids.tolist()]
 
 
 def _flatten(entries: Sequence[BatchEntry]) -> tuple[Tensor, Tensor, Tensor]:

@@ -84,6 +84,17 @@ class Sampled:
     logprobs: TokenLogprobs | None = None
 
 
+class StepFailed(RuntimeError):
+    """The step computed no tokens, because the numbers of some sequences broke down.
+
+    `attempt_ids` names them. The same plan without them may be run again.
+    """
+
+    def __init__(self, message: str, attempt_ids: Sequence[str]) -> None:
+        super().__init__(message)
+        self.attempt_ids = tuple(attempt_ids)
+
+
 class StepHook(Protocol):
     """Called by the runner on the engine thread of every rank, in this order, once per step; must not block."""
 
@@ -117,6 +128,9 @@ class Runner(Protocol):
         """Run one step; one result per entry, None where `sample` is None.
 
         On a follower rank (tp_rank > 0) the results are all None. Blocks until the step is done.
+
+        Raises:
+            StepFailed: some sequences can not go on; no token was chosen for any.
         """
         ...
 
@@ -159,6 +173,8 @@ class StepResult:
     """Attempts whose first chunk was in this step."""
     prefill_finished: list[AttemptId] = field(default_factory=list)
     preempted: list[AttemptId] = field(default_factory=list)
+    failed: list[AttemptId] = field(default_factory=list)
+    """Aborted, because their numbers broke down; the step computed nothing for the others, who go on."""
     num_tokens: int = 0
 
 
@@ -192,7 +208,7 @@ class Engine(Protocol):
 
         With `hold_kv` (prefill role) the sequence stops after its first sampled token and keeps its blocks, HELD,
         until `release` or `abort`; all its prompt blocks are taken before its first chunk, so it is never preempted.
-        If that first token finishes the request, nothing is held.
+        They are kept even if that first token ends the request: a transfer may still read them.
 
         Raises:
             PromptTooLong, InvalidRequest: the request can never run here; nothing was queued.

@@ -125,6 +125,11 @@ class Leader:
         for attempt_id in result.prefill_started:
             if (moments := self._local_moments.get(attempt_id)) is not None:
                 moments["prefill_begin"] = began
+        for attempt_id in result.failed:
+            log.error("logits are not finite", extra={"attempt_id": attempt_id})
+            if (router_id := self._running.get(attempt_id)) is not None:
+                self._outbox.failed(router_id, attempt_id, "internal_error", "the model's output is not finite")
+            self._abort(attempt_id, "the model's output is not finite")
         for event in result.events:
             attempt_id = event.attempt_id
             router_id = self._running.get(attempt_id)

@@ -116,6 +116,8 @@ class SendingSide:
         sending = self._by_attempt[event.attempt_id]
         sending.moments["prefill_end"] = self._clock.now()
         sending.first = event
+        if sending.state is SendState.CLOSING:
+            return
         if event.finish_reason is not None:
             self._outbox.timeline(sending.router_id, event.attempt_id, sending.moments, event.num_cached_tokens)
             self._close(sending, "the first token ended the request")
@@ -202,7 +204,8 @@ class SendingSide:
 
     def _on_refused(self, rank: int, sending: Sending, event: object) -> None:
         assert isinstance(event, Refused)
-        self._park(sending, event.code, event.message)
+        if sending.state is SendState.OPEN:  # it may cross our abort
+            self._park(sending, event.code, event.message)
 
     def _on_failed(self, rank: int, sending: Sending, event: object) -> None:
         assert isinstance(event, Failed)

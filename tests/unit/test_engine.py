@@ -325,10 +325,12 @@ def test_growth_is_bounded_by_what_a_sequence_can_use() -> None:
     assert blocks(engine) == {"free": 6, "receiving": 2}
 
 
-def test_a_first_token_that_ends_the_request_holds_nothing() -> None:
+def test_a_first_token_that_ends_the_request_holds_its_blocks_for_a_reader() -> None:
     engine = SimEngine()
     req = request("a", prompt(1, 40), max_tokens=1)
     assert prefill(engine, req).finish_reason is FinishReason.LENGTH
+    assert engine.stats().seqs_by_state["held"] == 1
+    engine.release(req.attempt_id)
     audit(engine)
 
 

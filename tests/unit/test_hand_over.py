@@ -273,6 +273,7 @@ class HandOver(RuleBasedStateMachine):
         self.requests: dict[AttemptId, GenerateRequest] = {}
         self.aborted: set[AttemptId] = set()
 
+    @precondition(lambda self: len(self.requests) < 12)  # more would not come to rest within teardown's turns
     @rule(
         seed=st.integers(0, 3),
         length=st.integers(1, 300),

@@ -19,8 +19,8 @@ import torch
 from baton.request import SamplingParams
 from engine.comm import ShmComm
 from engine.model_config import ModelUnsupported
-from engine.native import NativeRunner, StepFailed
-from engine.types import StepPlan
+from engine.native import NativeRunner
+from engine.types import StepFailed, StepPlan
 from tests.support.drive import Driven, generate, run_step
 from tests.support.rank_threads import run_ranks
 from tests.support.tiny_models import (

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import json
-import queue
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import grpc
-import numpy as np
 import openai
 import pytest
-import tritonclient.grpc as triton
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from prometheus_client.parser import text_string_to_metric_families
 
+from protos import inference_pb2 as pb
+from protos.inference_pb2_grpc import GRPCInferenceServiceStub
 from tests.support.system import System, serve
 
 pytestmark = pytest.mark.timeout(120)
@@ -56,12 +57,6 @@ def client(system: System) -> Iterator[openai.OpenAI]:
 @pytest.fixture
 def channel(system: System) -> Iterator[grpc.Channel]:
     with grpc.insecure_channel(system.grpc) as opened:
-        yield opened
-
-
-@pytest.fixture
-def triton_client(system: System) -> Iterator[triton.InferenceServerClient]:
-    with triton.InferenceServerClient(system.grpc) as opened:
         yield opened
 
 
@@ -329,67 +324,45 @@ def test_openai_errors_carry_their_parameter(client: openai.OpenAI) -> None:
 # ---- tritonclient and plain gRPC
 
 
-def inputs(text: str, *, stream: bool = False, **sampling: Any) -> list[triton.InferInput]:
-    values: dict[str, tuple[str, Any]] = {
-        "text_input": ("BYTES", np.array([text.encode()], dtype=np.object_)),
-        "stream": ("BOOL", np.array([stream])),
-        "sampling_parameters": ("BYTES", np.array([json.dumps(sampling).encode()], dtype=np.object_)),
-    }
-    tensors = []
-    for name, (kind, data) in values.items():
-        tensor = triton.InferInput(name, [1], kind)
-        tensor.set_data_from_numpy(data)
-        tensors.append(tensor)
-    return tensors
+@pytest.fixture(scope="module")
+def triton(system: System, prompt: str) -> dict[str, Any]:
+    """What tritonclient got; see tests/support/triton_client.py."""
+    command = [sys.executable, "-m", "tests.support.triton_client", system.grpc, MODEL, prompt]
+    found = subprocess.run(command, capture_output=True, timeout=60, text=True)
+    assert found.returncode == 0, found.stderr
+    return dict(json.loads(found.stdout))
 
 
-GREEDY = {"temperature": 0, "max_tokens": 128, "add_special_tokens": False}
+def infer(channel: grpc.Channel, model: str, text: str, key: str = "", **sampling: Any) -> pb.ModelInferResponse:
+    """One call of plain gRPC."""
+    request = pb.ModelInferRequest(model_name=model, id=f"infer-{text[:8]}-{key}")
+    for name, value in (("text_input", text), ("sampling_parameters", json.dumps({"temperature": 0, **sampling}))):
+        request.inputs.add(name=name, datatype="BYTES", shape=[1]).contents.bytes_contents.append(value.encode())
+    metadata = (("authorization", key),) if key else ()
+    return GRPCInferenceServiceStub(channel).ModelInfer(request, timeout=30, metadata=metadata)
 
 
-def text_of(result: triton.InferResult) -> str:
-    return str(result.as_numpy("text_output")[0].decode())
+def test_triton_sees_a_live_ready_server_and_its_model(triton: dict[str, Any]) -> None:
+    assert triton["live"] is triton["ready"] is triton["model_ready"] is triton["decoupled"] is True
+    assert triton["other_model_ready"] is False
+    assert triton["server"] == "baton"
+    assert "text_input" in triton["inputs"]
+    assert "text_output" in triton["outputs"]
+    assert triton["error"]["status"] == "StatusCode.NOT_FOUND"
+    assert MODEL in triton["error"]["message"]
 
 
-def test_triton_sees_a_live_ready_server_and_its_model(triton_client: triton.InferenceServerClient) -> None:
-    assert triton_client.is_server_live()
-    assert triton_client.is_server_ready()
-    assert triton_client.is_model_ready(MODEL)
-    assert not triton_client.is_model_ready("gpt-5")
-    assert triton_client.get_server_metadata().name == "baton"
-    metadata = triton_client.get_model_metadata(MODEL)
-    assert "text_input" in [tensor.name for tensor in metadata.inputs]
-    assert "text_output" in [tensor.name for tensor in metadata.outputs]
-    assert triton_client.get_model_config(MODEL).config.model_transaction_policy.decoupled
+def test_triton_infer_gets_the_exact_answer(triton: dict[str, Any]) -> None:
+    answer = triton["infer"]
+    assert (answer["id"], answer["text"], answer["finish_reason"]) == ("triton-1", ANSWER, "stop")
+    assert answer["completion_tokens"] > 10
 
 
-def test_triton_infer_gets_the_exact_answer(triton_client: triton.InferenceServerClient, prompt: str) -> None:
-    result = triton_client.infer(MODEL, inputs(prompt, **GREEDY), request_id="triton-1")
-    assert text_of(result) == ANSWER
-    assert result.as_numpy("finish_reason")[0] == b"stop"
-    response = result.get_response()
-    assert response.id == "triton-1"
-    assert response.parameters["completion_tokens"].int64_param > 10
-
-
-def test_triton_streams_several_requests_side_by_side(triton_client: triton.InferenceServerClient, prompt: str) -> None:
-    arrived: queue.Queue[tuple[Any, Any]] = queue.Queue()
-    triton_client.start_stream(lambda result, error: arrived.put((result, error)))
-    names = {"a", "b", "c"}
-    for name in sorted(names):
-        triton_client.async_stream_infer(MODEL, inputs(prompt, stream=name != "c", **GREEDY), request_id=name)
-    texts, counts, running = dict.fromkeys(names, ""), dict.fromkeys(names, 0), set(names)
-    while running:
-        result, error = arrived.get(timeout=30)
-        assert error is None
-        response = result.get_response()
-        texts[response.id] += text_of(result)
-        counts[response.id] += 1
-        if response.parameters["triton_final_response"].bool_param:
-            running.discard(response.id)
-    triton_client.stop_stream()
-    assert texts == dict.fromkeys(names, ANSWER)
-    assert counts["c"] == 1
-    assert min(counts["a"], counts["b"]) > 5
+def test_triton_streams_several_requests_side_by_side(triton: dict[str, Any]) -> None:
+    stream = triton["stream"]
+    assert stream["texts"] == dict.fromkeys(("a", "b", "whole"), ANSWER)
+    assert stream["counts"]["whole"] == 1
+    assert min(stream["counts"]["a"], stream["counts"]["b"]) > 5
 
 
 def test_grpc_health_says_serving(channel: grpc.Channel) -> None:
@@ -432,7 +405,7 @@ def check_waterfall(line: dict[str, Any]) -> None:
 
 
 def test_every_request_leaves_one_log_line_with_its_waterfall(
-    system: System, client: openai.OpenAI, triton_client: triton.InferenceServerClient, prompt: str
+    system: System, client: openai.OpenAI, channel: grpc.Channel, prompt: str
 ) -> None:
     plain = client.chat.completions.create(model=MODEL, messages=chat(QUESTION), temperature=0)
     (stream_id,) = {
@@ -440,12 +413,12 @@ def test_every_request_leaves_one_log_line_with_its_waterfall(
         for chunk in client.chat.completions.create(model=MODEL, messages=chat(QUESTION), temperature=0, stream=True)
     }
     completion = client.completions.create(model=MODEL, prompt=prompt, temperature=0)
-    triton_client.infer(MODEL, inputs(prompt, **GREEDY), request_id="one-line")
+    response = infer(channel, MODEL, prompt)
     for request_id, endpoint in (
         (plain.id, "chat"),
         (stream_id, "chat"),
         (completion.id, "completions"),
-        ("one-line", "grpc"),
+        (response.id, "grpc"),
     ):
         line = system.finished(request_id)
         assert line["endpoint"] == endpoint
@@ -526,11 +499,9 @@ def test_without_a_known_key_nothing_is_served(guarded: System, header: str | No
             assert answer.json()["error"]["type"] == "authentication_error"
             assert answer.headers["www-authenticate"] == "Bearer"
         assert http.get("/health").status_code == 200
-    with triton.InferenceServerClient(guarded.grpc) as infer:
-        metadata = {} if header is None else {"authorization": header}
-        with pytest.raises(triton.InferenceServerException) as caught:
-            infer.infer("baton-sim", inputs("x"), headers=metadata)
-        assert caught.value.status() == "StatusCode.UNAUTHENTICATED"
+    with grpc.insecure_channel(guarded.grpc) as channel, pytest.raises(grpc.RpcError) as caught:
+        infer(channel, "baton-sim", "x", header or "")
+    assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
 
 
 def test_openai_reports_a_wrong_key(guarded: System) -> None:
@@ -559,12 +530,6 @@ def test_the_prefix_cache_is_shared_within_a_tenant_and_never_between(guarded: S
 
 
 def test_a_key_opens_the_grpc_door(guarded: System) -> None:
-    with triton.InferenceServerClient(guarded.grpc) as client:
-        result = client.infer(
-            "baton-sim",
-            inputs("hello", temperature=0, max_tokens=3),
-            headers={"authorization": "Bearer key-of-bob"},
-            request_id="bobs",
-        )
-        assert text_of(result)
-    assert guarded.finished("bobs")["tenant"] == "bob"
+    with grpc.insecure_channel(guarded.grpc) as channel:
+        response = infer(channel, "baton-sim", "hello", "Bearer key-of-bob", max_tokens=3)
+    assert guarded.finished(response.id)["tenant"] == "bob"

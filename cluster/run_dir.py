@@ -76,7 +76,7 @@ class RunDir:
 
     def keep_logs(self) -> Path | None:
         """Move the logs to where they outlive the run, and return that place; the last five runs are kept."""
-        if not self.logs.is_dir() or not any(self.logs.iterdir()):
+        if not self.logs.is_dir() or not any(file.stat().st_size for file in self.logs.iterdir()):
             return None
         kept = self.path.parent / _LOGS
         kept.mkdir(mode=0o700, exist_ok=True)

@@ -14,10 +14,13 @@ import signal
 import socket
 import sys
 import time
+import traceback
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
+
+import yaml
 
 from baton import auth
 from baton.config import Config, ConfigError, load_config
@@ -301,7 +304,9 @@ def check_ports(config: Config) -> None:
             try:
                 probe.bind((router.host, port))
             except OSError as error:
-                raise StartFailed(f"can not listen on {router.host}:{port} ({error.strerror}); see {flag}") from error
+                raise StartFailed(
+                    f"can not listen on {router.host}:{port} ({error.strerror}); choose another with {flag}"
+                ) from error
 
 
 def _modules() -> Modules:
@@ -311,7 +316,7 @@ def _modules() -> Modules:
 
 def _build(request: Request, console: Console) -> Supervisor:
     start_up = StartUp(request.began)
-    config = load_config(request.config_file, request.settings)
+    config = _load_config(request)
     check_ports(config)
     secret = _take_secret(config)
     model = topology.resolve_model(config)
@@ -323,6 +328,13 @@ def _build(request: Request, console: Console) -> Supervisor:
         launcher = RayLauncher(request.run, config.cluster.address, num_cpus)
     start_up.add("configuration", 0.0)
     return Supervisor(config, model, workers, launcher, local, console, request.run, secret, _modules(), start_up)
+
+
+def _load_config(request: Request) -> Config:
+    try:
+        return load_config(request.config_file, request.settings)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set: {' '.join(str(error).split())}") from error
 
 
 def _take_secret(config: Config) -> bytes:
@@ -372,6 +384,10 @@ def main() -> int:
         status = guardian.EXIT_USAGE
     except StartFailed as error:
         console.complain(str(error))
+        status = guardian.EXIT_FAILED
+    except Exception as error:
+        traceback.print_exc()
+        console.complain(f"a bug ended the supervisor ({type(error).__name__}: {error}); its log has the traceback")
         status = guardian.EXIT_FAILED
     if os.getppid() != guardian_pid:
         guardian.clean_up_instead(request.run)

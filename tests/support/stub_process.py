@@ -3,13 +3,14 @@
 `python -m tests.support.stub_process [rank|front]`; without an argument it is a router with a small HTTP server.
 BATON_STUB is JSON: {name: behaviour}, where a name is "decode-0 rank 1", "decode-0 front" or "router", and a behaviour
 is "fail" (report a failure), "die" (exit without a word), "hang" (never ready), "deaf" (ignore stop and SIGTERM),
-"die-after:SECONDS" (once ready). `{"event": "die"}` and `{"event": "deaf"}` do so on command; every other message is
-echoed as a report.
+"die-after:SECONDS" (once ready), "slow-stop" (takes its time). `{"event": "die"}` and `{"event": "deaf"}` do so on command; every other message is
+echoed as a report. What it is told is appended to the file BATON_STUB_JOURNAL, as JSON lines.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import sys
@@ -18,6 +19,7 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from baton import log
 from baton.process import ParentLink
 
 
@@ -29,18 +31,21 @@ def main() -> None:
         return
     spec = message["spec"]
     kind = sys.argv[1] if len(sys.argv) > 1 else "router"
+    log.setup("info")
+    logging.getLogger("stub").info("started")
     name = {
         "rank": f"{spec.get('worker_id')} rank {spec.get('tp_rank')}",
         "front": f"{spec.get('worker_id')} front",
         "router": "router",
     }[kind]
-    Stub(link, spec, kind, json.loads(os.environ.get("BATON_STUB", "{}")).get(name, "")).run()
+    Stub(link, spec, kind, name, json.loads(os.environ.get("BATON_STUB", "{}")).get(name, "")).run()
 
 
 class Stub:
     """One stub process."""
 
-    def __init__(self, link: ParentLink, spec: dict[str, Any], kind: str, behaviour: str) -> None:
+    def __init__(self, link: ParentLink, spec: dict[str, Any], kind: str, name: str, behaviour: str) -> None:
+        self._name = name
         self._link = link
         self._spec = spec
         self._kind = kind
@@ -66,12 +71,21 @@ class Stub:
             self._stop.wait(float(self._behaviour.partition(":")[2]))
             os._exit(4)
         self._stop.wait()
+        if self._behaviour == "slow-stop":
+            time.sleep(0.3)
+        self._journal(event="stopped")
 
     def _end(self) -> None:
         if not self._is_deaf:
             self._stop.set()
 
+    def _journal(self, **entry: Any) -> None:
+        if path := os.environ.get("BATON_STUB_JOURNAL"):
+            with open(path, "a") as file:
+                file.write(json.dumps({"name": self._name, **entry}) + "\n")
+
     def _on_message(self, message: dict[str, Any]) -> None:
+        self._journal(**message)
         match message["event"]:
             case "stop":
                 self._end()
@@ -178,7 +192,8 @@ class RouterHandler(BaseHTTPRequestHandler):
             chunk = {"id": "cmpl-1", "choices": [{"delta": {"content": word + " "}}]}
             self.wfile.write(f"data: {json.dumps(chunk)}\n\n".encode())
         self.wfile.write(b"data: [DONE]\n\n")
-        sys.stderr.write(json.dumps({"level": "info", "event": "request finished", "at": time.time()}) + "\n")
+        line = {"level": "info", "event": "request finished", **TRACE, "at": time.time()}
+        sys.stderr.write(json.dumps(line) + "\n")
 
     def log_message(self, format: str, *args: Any) -> None:
         """Nothing."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import os
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
@@ -48,11 +49,8 @@ class Dialling:
     """Why earlier transports did not work."""
 
 
-class ConnectionOwner(Protocol):
-    """What a connection calls, on the transfer thread."""
-
-    def opened(self, connection: Connection) -> None:
-        """The handshake succeeded: `session` is set."""
+class Traffic(Protocol):
+    """Takes and gives what authenticated connections carry, on the transfer thread."""
 
     def begin(self, connection: Connection, message: Message, payload_bytes: int) -> Sink | None:
         """A message came; where does its payload go?"""
@@ -67,7 +65,8 @@ class ConnectionOwner(Protocol):
 class Connection:
     """A socket, its link and what is known of the peer. One thread.
 
-    The handshake object tells the role: a Connector sends KV, an Acceptor receives it.
+    The handshake object tells the role: a Connector sends KV, an Acceptor receives it. `opened` is called once, when
+    the handshake has succeeded and `session` is set.
     """
 
     def __init__(
@@ -75,7 +74,8 @@ class Connection:
         sock: socket.socket,
         transport: str,
         handshake: Connector | Acceptor,
-        owner: ConnectionOwner,
+        opened: Callable[[Connection], None],
+        traffic: Traffic,
         deadline_s: float,
         max_control_bytes: int,
         *,
@@ -97,7 +97,8 @@ class Connection:
         self.link: Final = Link(sock, self._begin, self._end, self._pull, max_control_bytes)
         self._sock = sock
         self._handshake = handshake
-        self._owner = owner
+        self._opened = opened
+        self._traffic = traffic
         self._pool_fd = pool_fd
         self._claimed: Hello | None = None
         if self.role is Role.RECEIVER and transport == shm.NAME:
@@ -147,10 +148,10 @@ class Connection:
             self.mapped.close()
 
     def _pull(self) -> OutgoingFrame | None:
-        return None if self.session is None else self._owner.pull(self)
+        return None if self.session is None else self._traffic.pull(self)
 
     def _begin(self, message: Message, payload_bytes: int) -> Sink | None:
-        return None if self.session is None else self._owner.begin(self, message, payload_bytes)
+        return None if self.session is None else self._traffic.begin(self, message, payload_bytes)
 
     def _end(self, message: Message) -> None:
         if isinstance(message, Goodbye):
@@ -160,7 +161,7 @@ class Connection:
         elif is_handshake(code_of(message)):
             raise ProtocolError("the handshake is over")
         else:
-            self._owner.end(self, message)
+            self._traffic.end(self, message)
 
     def _shake(self, message: Message) -> None:
         handshake = self._handshake
@@ -179,7 +180,7 @@ class Connection:
             limit = 0 if self.is_fetched else max(FRAME_BYTES, session.plan.max_unit_bytes)
             self.link.open(session.send_key, session.receive_key, limit)
             self.session = session
-            self._owner.opened(self)
+            self._opened(self)
 
     def _map(self, session: Session) -> None:
         fd = self.link.take_fd()

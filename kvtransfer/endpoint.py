@@ -23,7 +23,8 @@ from kvtransfer.api import (
 from kvtransfer.faults import FaultHook
 from kvtransfer.messages import TRANSFER_ID_BYTES
 from kvtransfer.pool import Pool
-from kvtransfer.thread import Listener, TransferThread
+from kvtransfer.switchboard import Listener
+from kvtransfer.thread import TransferThread
 from kvtransfer.transports import local, shm, tcp
 
 log = logging.getLogger("kvtransfer")

@@ -157,18 +157,20 @@ class Link:
 
     # In.
 
-    def read(self) -> None:
-        """Read until nothing is there or the turn is over; calls `begin` and `end` for what came.
+    def read(self) -> bool:
+        """Read until nothing is there (True) or the turn is over; calls `begin` and `end` for what came.
 
         Raises:
             LinkClosed: the peer is gone.
             ProtocolError: the stream can not be understood.
         """
         self._budget = _TURN_BYTES
+        is_drained = False
         while self._budget > 0:
             try:
                 count = self._receive(self._reader.buffers())
             except BlockingIOError:
+                is_drained = True
                 break
             except OSError as error:
                 raise LinkClosed(_why(error)) from error
@@ -178,6 +180,7 @@ class Link:
             self._budget -= count
             self._reader.filled(count)
         self._wait_for(min(self._reader.payload_left, _LOW_WATER_BYTES))
+        return is_drained
 
     def _wait_for(self, num_bytes: int) -> None:
         """Be woken only when so many bytes of a payload are there: a wake-up costs as much as copying 64 KiB."""

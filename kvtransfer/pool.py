@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import struct
 from collections.abc import Callable, Iterable
 from typing import Final, TypeAlias
@@ -49,7 +50,8 @@ class Pool:
     def release(self) -> None:
         """Drop the views, so that the memory can be unmapped."""
         for view in self._layers:
-            view.release()
+            with contextlib.suppress(BufferError):  # a traceback still holds an array over it
+                view.release()
         self._layers = []
 
 

@@ -133,6 +133,7 @@ class EndedTransfers:
     def add(self, transfer_id: TransferId, now: float, reason: str, *, engine_knows: bool) -> None:
         """Remember the end of a transfer; a second call replaces the first."""
         self._ended[transfer_id] = (now + self._keep_s, Ended(reason, engine_knows))
+        self._ended.move_to_end(transfer_id)
         if len(self._ended) > self._capacity:
             self._ended.popitem(last=False)
 

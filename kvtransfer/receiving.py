@@ -94,7 +94,10 @@ class ReceiveSide:
         self._transfers: dict[TransferId, _Transfer] = {}
         self._links: dict[LinkKey, CopyPlan] = {}
         self._actions: list[Action] = []
+        self._suspects: dict[TransferId, str] = {}
+        """Transfers of which fetched bytes did not verify, and which, until `settle` judges them."""
         self.num_stale = 0
+        self.num_integrity_failures = 0
 
     @property
     def num_open(self) -> int:
@@ -240,7 +243,8 @@ class ReceiveSide:
         """
         transfer = self._transfers.get(frame.transfer_id)
         lane = self._lane(transfer, key)
-        if transfer is None or lane is None or transfer.state in (ReceiveState.STOPPING, ReceiveState.RECEIVED):
+        is_over = transfer is None or transfer.state in (ReceiveState.STOPPING, ReceiveState.RECEIVED)
+        if transfer is None or lane is None or is_over or frame.transfer_id in self._suspects:
             self.num_stale += 1
             return None
         self._leases.heard(key, now, (frame.transfer_id,))
@@ -259,24 +263,38 @@ class ReceiveSide:
             transfer.began_s = now
         return landing
 
-    def data_landed(self, now: float, key: LinkKey, frame: Data, num_bytes: int, *, verified: bool) -> None:
-        """The bytes of a Landing are in place and their digest was right or wrong."""
+    def data_landed(
+        self, now: float, key: LinkKey, frame: Data, num_bytes: int, *, verified: bool, is_fetched: bool = False
+    ) -> None:
+        """The bytes of a Landing are in place and their digest was right or wrong.
+
+        Bytes that the receiver fetched may be wrong because the sender has aborted and reused its blocks, which is
+        its right; whether its Abort is on the way shows when the link is drained (`settle`).
+        """
         transfer = self._transfers.get(frame.transfer_id)
         lane = self._lane(transfer, key)
         if transfer is None or lane is None or transfer.state is not ReceiveState.RECEIVING:
             self.num_stale += 1
             return
         if not verified:
-            where = (
-                f"layers {frame.first_layer}+{frame.num_layers}, units {frame.first_unit}+{frame.num_units} from {key}"
-            )
-            self._fail(transfer, now, f"integrity: wrong digest, {where}", AbortCode.INTEGRITY, integrity=True)
+            units = f"units {frame.first_unit}+{frame.num_units}"
+            self._suspects[frame.transfer_id] = f"layers {frame.first_layer}+{frame.num_layers}, {units} from {key}"
+            if not is_fetched:
+                self.settle(now)
             return
         credit = lane.landed(frame, num_bytes)
         if credit is not None:
             self._send(key, Credit(frame.transfer_id, credit))
         if not lane.is_expecting:
             self._check_received(transfer, now)
+
+    def settle(self, now: float) -> None:
+        """All that peers had sent so far is processed: fail what did not verify."""
+        for transfer_id, where in list(self._suspects.items()):
+            transfer = self._transfers[transfer_id]
+            self.num_integrity_failures += 1
+            reason = f"integrity: wrong digest, {where}"
+            self._fail(transfer, now, reason, AbortCode.INTEGRITY, integrity=True)
 
     # Time and I/O.
 
@@ -288,6 +306,7 @@ class ReceiveSide:
     def tick(self, now: float) -> None:
         """Send heartbeats; end what is overdue."""
         self._ended.expire(now)
+        self.settle(now)
         due = self._leases.due(now)
         for key, transfer_ids in due.pings:
             self._send(key, Ping(transfer_ids))
@@ -460,6 +479,7 @@ class ReceiveSide:
     def _end(self, transfer: _Transfer, now: float, reason: str, *events: TransferEvent) -> None:
         transfer.last_events += events
         self._move(transfer, ReceiveState.STOPPING)
+        self._suspects.pop(transfer.transfer_id, None)
         self._ended.add(transfer.transfer_id, now, reason, engine_knows=transfer.engine_knows)
         self._leases.unwatch(_NOBODY, transfer.transfer_id)
         if transfer.worker is not None:

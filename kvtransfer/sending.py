@@ -13,6 +13,7 @@ from kvtransfer.auth import LinkKey
 from kvtransfer.lanes import Outgoing, SendLane
 from kvtransfer.liveness import LeaseTable
 from kvtransfer.messages import (
+    MAX_NAMED_TRANSFERS,
     Abort,
     AbortCode,
     Accept,
@@ -123,6 +124,9 @@ class SendSide:
             if link is None:
                 link = self._links[key] = _Link()
                 self._actions.append(Connect(key, by_rank[tp_rank]))
+            if len(link.lanes) >= MAX_NAMED_TRANSFERS:
+                self._fail(transfer, now, f"overloaded: too many transfers to {key}", AbortCode.OVERLOADED)
+                return
             link.lanes[request.transfer_id] = lane
             self._leases.watch(key, request.transfer_id, now)
             if link.plan is not None:
@@ -227,10 +231,12 @@ class SendSide:
                 self._fail(transfer, now, f"peer: {reason}", AbortCode.ABORTED, integrity=integrity, except_key=key)
             case Grant(_, first_token):
                 self._granted(transfer, now, key, first_token)
-            case Refuse(_, code, text):
+            case Refuse(_, code, text) if self._between_leaders(key) and not transfer.is_granted:
                 self._end(transfer, now, Refused(message.transfer_id, code, text))
-            case Complete():
+            case Complete() if self._between_leaders(key) and transfer.is_granted:
                 self._end(transfer, now, Completed(message.transfer_id))
+            case _:
+                self._fail(transfer, now, "protocol: a decision that is not the peer's to make", AbortCode.PROTOCOL)
 
     def has_data(self, key: LinkKey) -> bool:
         """Would `next_data` give something?"""
@@ -289,6 +295,9 @@ class SendSide:
     def _send(self, key: LinkKey, message: TransferMessage) -> None:
         self._actions.append(Send(key, message))
 
+    def _between_leaders(self, key: LinkKey) -> bool:
+        return self.is_leader and key.tp_rank == 0
+
     def _leader_key(self, transfer: _Transfer) -> LinkKey:
         return LinkKey(transfer.request.peer.worker_id, transfer.request.peer.incarnation, 0)
 
@@ -303,7 +312,7 @@ class SendSide:
     def _granted(self, transfer: _Transfer, now: float, key: LinkKey, first_token: int) -> None:
         if transfer.is_granted:
             return
-        if not self.is_leader or key.tp_rank != 0 or not _is_start(first_token, transfer):
+        if not self._between_leaders(key) or not _is_start(first_token, transfer):
             self._fail(transfer, now, "protocol: the receiver's grant makes no sense", AbortCode.PROTOCOL)
             return
         transfer.is_granted = True

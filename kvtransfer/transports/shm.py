@@ -138,4 +138,5 @@ class MappedPool:
     def close(self) -> None:
         """Unmap."""
         self.pool.release()
-        self._map.close()
+        with contextlib.suppress(BufferError):  # a traceback still holds a view: it is unmapped with that
+            self._map.close()

@@ -79,11 +79,12 @@ def _verbatim(value: object) -> object:
     return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else value
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """All commands and their flags."""
+    top = argparse.ArgumentParser(
         prog="baton", description="Disaggregated prefill/decode serving of large language models."
     )
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     serve = commands.add_parser("serve", help="serve a model", description=_SERVE_TEXT)
     serve.add_argument("model", nargs="?", metavar="MODEL", help="a Hugging Face directory or hub id; none: a demo")
@@ -117,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--url", metavar="URL", help="of the server, if several run")
         command.add_argument("--port", type=int, metavar="N", help="HTTP port of the server, if several run")
     commands.add_parser("version", help="versions of Baton and of what it uses")
-    return parser
+    return top
 
 
 _SERVE_TEXT: Final = (
@@ -169,7 +170,7 @@ _COMMANDS: Final = {"chat": _chat, "status": _status, "trace": _trace, "down": _
 def main(argv: Sequence[str] | None = None) -> int:
     """Do what the command line says; the exit status (2: it can not be understood, 1: it failed)."""
     began = time.monotonic()
-    arguments = _parser().parse_args(["version"] if argv == ["--version"] else argv)
+    arguments = parser().parse_args(["version"] if argv == ["--version"] else argv)
     from cluster.client import ClientError
     from cluster.run_dir import RunDirError
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -103,6 +104,18 @@ def end_descendants(grace_s: float) -> int:
                 signalled[pid] = wanted
         # Orphans are handed up to us one by one as their parents die, so there is no single event to wait for.
         time.sleep(_LOOK_AGAIN_S)
+
+
+def zombies() -> set[int]:
+    """Pids of children of this process that ended and that nobody has waited for."""
+    return {stat.pid for stat in _all_stats() if stat.ppid == os.getpid() and stat.state == "Z"}
+
+
+def reap(pids: set[int]) -> None:
+    """Wait for these zombies."""
+    for pid in pids:
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(pid, os.WNOHANG)
 
 
 def marked_with(name: str, value: str) -> list[int]:

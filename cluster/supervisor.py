@@ -39,6 +39,8 @@ MODULES_ENV: Final = "BATON_MODULES"
 """For tests: "router=tests.support.stub_process,prefill=..." replaces what is run."""
 _BROKEN_GRACE_S: Final = 0.5
 """For the rest of a unit that lost a process: it can do nothing useful any more."""
+_ORPHAN_S: Final = 1.0
+"""An orphan needs a moment to die, and a child's own watcher a moment to notice."""
 _CAN_DECODE: Final = ("decode", "mixed")
 
 
@@ -81,6 +83,7 @@ class Supervisor:
         self._start_up = start_up
         self._stop = asyncio.Event()
         self._is_open = asyncio.Event()
+        self._has_lost_unit = asyncio.Event()
         self._ready = {name: asyncio.Event() for name in (ROUTER, *self._workers)}
         self._is_serving = asyncio.Event()
         self._why_not_serving = ""
@@ -102,9 +105,9 @@ class Supervisor:
                 opening = group.create_task(self._open_launcher())
                 router = group.create_task(self._keep(ROUTER, self._start_router))
                 workers = [group.create_task(self._keep(name, self._start_worker)) for name in self._workers]
-                announcing = group.create_task(self._announce())
+                helpers = [group.create_task(self._announce()), group.create_task(self._reap_orphans())]
                 await self._stop.wait()
-                for tasks in ([announcing], [router], [*workers, opening]):
+                for tasks in (helpers, [router], [*workers, opening]):
                     await _cancel(tasks)
         except* StartFailed as failures:
             raise StartFailed(str(failures.exceptions[0])) from None
@@ -149,40 +152,58 @@ class Supervisor:
             logs=logs,
         )
 
+    async def _reap_orphans(self) -> None:
+        """Orphans of a lost unit are ours (a dead actor's ranks): wait for those that no other part waits for."""
+        while True:
+            await self._has_lost_unit.wait()
+            self._has_lost_unit.clear()
+            await asyncio.sleep(_ORPHAN_S)
+            before = process_tree.zombies()
+            await asyncio.sleep(_ORPHAN_S)
+            process_tree.reap(before & process_tree.zombies())
+
     async def _keep(self, name: str, start: Callable[[str], Awaitable[Unit]]) -> None:
         """Start a unit, and again whenever it ends."""
         policy = RestartPolicy()
         while True:
-            up_since: float | None = None
-            begin_s = self._start_up.elapsed_s
-            try:
-                unit = await start(name)
-                try:
-                    async with asyncio.timeout(self._config.cluster.startup_timeout_s):
-                        reports = await asyncio.shield(unit.state.ready)
-                    up_since = time.monotonic()
-                    if not self._ready[name].is_set():
-                        self._start_up.add(name, begin_s)
-                    self._on_up(name, unit, {process: report.fields for process, report in reports.items()})
-                    how = await asyncio.shield(unit.state.ended)
-                finally:
-                    self._on_down(name)
-                    is_broken = unit.state.ended.done()
-                    await unit.stop(_BROKEN_GRACE_S if is_broken else self._config.cluster.stop_grace_s)
-            except (StartFailed, TimeoutError) as error:
-                how = str(error) or f"not ready within {self._config.cluster.startup_timeout_s:g} s"
-                if not self._start_up.is_finished:
-                    raise StartFailed(how if isinstance(error, StartFailed) else f"{name} was {how}") from None
-            now = time.monotonic()
-            delay_s = policy.after_failure(now, 0.0 if up_since is None else now - up_since)
+            how, uptime_s = await self._run_once(name, start)
+            self._has_lost_unit.set()
+            delay_s = policy.after_failure(time.monotonic(), uptime_s)
             if delay_s is None:
                 self._give_up(name, how)
                 return
             self._facts[name].restarts += 1
-            self._console.say(
-                f"{name} was lost: {how}; starting it again in {delay_s:g} s", "warning", unit=name, delay_s=delay_s
-            )
+            again = f"{name} was lost: {how}; starting it again in {delay_s:g} s"
+            self._console.say(again, "warning", unit=name, delay_s=delay_s)
             await asyncio.sleep(delay_s)
+
+    async def _run_once(self, name: str, start: Callable[[str], Awaitable[Unit]]) -> tuple[str, float]:
+        """Start a unit and see it end; how it ended and how long it was ready.
+
+        Raises:
+            StartFailed: it could not start, and the server as a whole has never been ready.
+        """
+        limit_s = self._config.cluster.startup_timeout_s
+        begin_s = self._start_up.elapsed_s
+        try:
+            unit = await start(name)
+            try:
+                async with asyncio.timeout(limit_s):
+                    reports = await asyncio.shield(unit.state.ready)
+                if not self._ready[name].is_set():
+                    self._start_up.add(name, begin_s)
+                up_since = time.monotonic()
+                self._on_up(name, unit, {process: report.fields for process, report in reports.items()})
+                return await asyncio.shield(unit.state.ended), time.monotonic() - up_since
+            finally:
+                self._on_down(name)
+                is_broken = unit.state.ended.done()
+                await unit.stop(_BROKEN_GRACE_S if is_broken else self._config.cluster.stop_grace_s)
+        except (StartFailed, TimeoutError) as error:
+            failure = error if isinstance(error, StartFailed) else StartFailed(f"{name} was not ready in {limit_s:g} s")
+        if not self._start_up.is_finished:
+            raise failure
+        return str(failure), 0.0
 
     def _give_up(self, name: str, how: str) -> None:
         self._given_up.add(name)

@@ -1,0 +1,137 @@
+"""The other commands find a running server, ask it, and end it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.stub_server import ROOT, StubServer
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[StubServer]:
+    with StubServer("--log-format", "text") as running:
+        yield running.wait_ready()
+
+
+def run(
+    server: StubServer | Path, *arguments: str, stdin: str = "", env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    runtime_dir = server if isinstance(server, Path) else server.runtime_dir
+    return subprocess.run(
+        [sys.executable, "-m", "cluster.cli", *arguments],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        cwd="/",
+        env={**os.environ, "PYTHONPATH": str(ROOT), "BATON_RUNTIME_DIR": str(runtime_dir), **(env or {})},
+    )
+
+
+def test_one_question_is_answered_and_its_waterfall_shown(server: StubServer) -> None:
+    done = run(server, "chat", "what is it?")
+    assert done.stdout == "WHAT IS IT? \n"
+    assert "first token 9.00 ms" in done.stderr
+    assert done.returncode == 0
+
+
+def test_questions_can_be_piped_in(server: StubServer) -> None:
+    assert run(server, "chat", stdin="one\n\ntwo two\n").stdout == "ONE \nTWO TWO \n"
+
+
+def test_the_request_leaves_one_line_on_the_servers_terminal(server: StubServer) -> None:
+    before = server.stderr.count("cmpl-1")
+    run(server, "chat", "again")
+    server.wait_for(lambda: server.stderr.count("cmpl-1") == before + 1)
+
+
+def test_status_names_every_worker(server: StubServer) -> None:
+    shown = run(server, "status").stdout
+    assert "decode-0" in shown
+    assert "prefill-0" in shown
+    for_programs = json.loads(run(server, "status", "--json").stdout)
+    assert [worker["worker_id"] for worker in for_programs["workers"]] == ["decode-0", "prefill-0"]
+    assert for_programs["server"]["units"]["decode-0"]["state"] == "ready"
+    assert "token" not in json.dumps(for_programs)
+
+
+def test_trace_without_an_id_shows_the_latest(server: StubServer) -> None:
+    latest, named = run(server, "trace"), run(server, "trace", "cmpl-1")
+    assert latest.stdout == named.stdout
+    assert "prefill-0 -> decode-0" in named.stdout
+    assert json.loads(run(server, "trace", "cmpl-1", "--json").stdout)["request_id"] == "cmpl-1"
+
+
+def test_an_unknown_trace_is_one_sentence(server: StubServer) -> None:
+    done = run(server, "trace", "nothing")
+    assert (done.returncode, done.stderr) == (1, "baton: nothing: unknown, unfinished or too long ago\n")
+
+
+def test_a_url_of_a_server_that_is_not_ours_can_not_be_inspected(server: StubServer, tmp_path: Path) -> None:
+    os.chmod(tmp_path, 0o700)
+    empty = Path(f"/tmp/bn-{os.getpid()}")
+    empty.mkdir(mode=0o700, exist_ok=True)
+    url = server.state["http_url"]
+    assert run(empty, "chat", "hi", "--url", url).stdout == "HI \n"
+    refused = run(empty, "status", "--url", url)
+    assert refused.returncode == 1
+    assert "is not a server of yours" in refused.stderr
+    wrong = run(empty, "status", "--url", url, env={"BATON_CLUSTER_SECRET": "x" * 32})
+    assert (wrong.returncode, wrong.stderr) == (1, "baton: wrong token\n")
+    empty.rmdir()
+
+
+def test_a_port_where_nobody_listens_is_one_sentence(server: StubServer) -> None:
+    done = run(server, "chat", "hi", "--port", "1")
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("baton: http://127.0.0.1:1 does not answer: ")
+
+
+def test_down_ends_the_server_and_says_so() -> None:
+    with StubServer() as server:
+        url = server.wait_ready().state["http_url"]
+        done = run(server, "down")
+        assert done.stdout == f"Ended baton-sim at {url} (process {server.process.pid}).\n"
+        assert server.process.wait(5) == 0
+        server.audit.assert_clean(0.0)
+        again = run(server, "down")
+        assert (again.returncode, again.stdout) == (0, "No such server of yours is running.\n")
+        lost = run(server, "status")
+        assert lost.returncode == 1
+        assert "no server of yours is running" in lost.stderr
+
+
+def test_of_several_servers_one_must_be_chosen() -> None:
+    with StubServer() as one, StubServer(runtime_dir=one.runtime_dir) as other:
+        one.wait_ready()
+        other.wait_ready()
+        undecided = run(one, "down")
+        assert undecided.returncode == 1
+        assert "choose one with --port" in undecided.stderr
+        port = one.state["http_url"].rpartition(":")[2]
+        assert run(one, "down", "--port", port).returncode == 0
+        assert one.process.wait(5) == 0
+        assert other.process.poll() is None
+        assert run(one, "down", "--all").returncode == 0
+        assert other.process.wait(5) == 0
+
+
+def test_down_removes_what_a_killed_server_left() -> None:
+    with StubServer() as server:
+        server.wait_ready()
+        os.kill(server.process.pid, signal.SIGSTOP)
+        os.kill(server.supervisor_pid, signal.SIGKILL)
+        server.process.kill()
+        server.process.wait()
+        done = run(server, "down")
+        assert "Removed what server" in done.stdout
+        server.audit.assert_clean(0.0)

@@ -1,0 +1,118 @@
+"""The command line: every flag sets its key, defaults stand elsewhere, and help is quick."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from baton.config import Config, load_config
+from cluster import cli
+
+_ROOT = Path(__file__).resolve().parent.parent.parent
+_VALUES: dict[str, tuple[str, Any]] = {
+    "topology.prefill": ("3", 3),
+    "topology.decode": ("4", 4),
+    "topology.mixed": ("2", 2),
+    "topology.tp": ("2", 2),
+    "topology.prefill_tp": ("8", 8),
+    "model.dtype": ("bfloat16", "bfloat16"),
+    "model.max_model_len": ("512", 512),
+    "model.served_model_name": ("1e3", "1e3"),
+    "engine.kv_cache_bytes": ("1048576", 1048576),
+    "engine.kind": ("sim", "sim"),
+    "engine.device": ("cpu", "cpu"),
+    "cluster.launcher": ("ray", "ray"),
+    "cluster.address": ("auto", "auto"),
+    "router.host": ("0.0.0.0", "0.0.0.0"),
+    "router.port": ("0", 0),
+    "router.grpc_port": ("1234", 1234),
+    "router.api_key_file": ("no", "no"),
+    "log_level": ("debug", "debug"),
+}
+
+
+def configure(*arguments: str) -> Config:
+    return load_config(settings=cli.settings_of(cli.parser().parse_args(["serve", *arguments])))
+
+
+def value_of(config: Config, key: str) -> Any:
+    value: Any = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+@pytest.mark.parametrize("flag", [flag for flag in cli.FLAGS if flag.key in _VALUES], ids=lambda flag: flag.name)
+def test_a_flag_sets_its_key(flag: cli.Flag) -> None:
+    text, value = _VALUES[flag.key]
+    assert value_of(configure(flag.name, text), flag.key) == value
+
+
+def test_every_flag_names_a_key_of_the_configuration() -> None:
+    for flag in cli.FLAGS:
+        value_of(Config(), flag.key)
+
+
+def test_flags_that_this_version_does_not_support_are_refused_by_the_configuration() -> None:
+    with pytest.raises(ValueError, match="int8 is not supported"):
+        configure("--quantization", "int8")
+
+
+def test_no_flag_leaves_the_configuration_as_it_is() -> None:
+    assert configure() == Config()
+
+
+def test_a_model_is_taken_verbatim() -> None:
+    assert configure("123").model.path == "123"
+
+
+def test_set_wins_over_flags_and_is_read_as_yaml() -> None:
+    config = configure("--tp", "2", "--set", "topology.tp=4", "--set", "transfer.transports=[tcp]")
+    assert config.topology.tp == 4
+    assert config.transfer.transports == ("tcp",)
+
+
+def test_set_without_a_value_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"--set topology\.tp: must be key=value"):
+        configure("--set", "topology.tp")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["serve", "--help"], ["version"]])
+def test_help_answers_at_once(arguments: list[str]) -> None:
+    took = []
+    for _ in range(5):
+        began = time.monotonic()
+        subprocess.run(
+            [sys.executable, "-m", "cluster.cli", *arguments],
+            check=True,
+            stdout=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": str(_ROOT)},
+        )
+        took.append(time.monotonic() - began)
+    assert min(took) < 0.3
+
+
+def test_help_imports_nothing_slow() -> None:
+    code = "import sys, cluster.cli, cluster.guardian; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        check=True,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(_ROOT)},
+    )
+    assert not {"pydantic", "yaml", "ray", "torch", "numpy", "asyncio", "httpx"} & set(done.stdout.split())
+
+
+@pytest.mark.parametrize("arguments", [[], ["nothing"], ["serve", "--tp", "x"], ["serve", "--launcher", "k8s"]])
+def test_what_can_not_be_understood_is_status_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    assert ended.value.code == 2
+    assert "usage: baton" in capsys.readouterr().err

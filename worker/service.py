@@ -184,6 +184,8 @@ class WorkerService:
         except (TimeoutError, StopAsyncIteration):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "no hello came")
             raise AssertionError("abort raises") from None
+        if self._leader.silent_s >= _LEADER_SILENT_S:  # or routers would send it requests until they miss a heartbeat
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "the engine is silent")
         hello = first.hello
         if first.WhichOneof("kind") != "hello" or not hello.router_id:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first message must be a hello with a router_id")

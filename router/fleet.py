@@ -29,10 +29,8 @@ logger = logging.getLogger("router")
 
 PROTOCOL: Final = 1
 SILENCE_S: Final = 1.5  # three heartbeats
-MIN_STALL_S: Final = 5.0  # busy without progress for this long, and 4 times longer than ever before: hung
 _HELLO_S: Final = 3.0
 _LEFT: Final = "it left the fleet"
-_STATUS_S: Final = 2.0
 _MAX_OUTBOX: Final = 20_000  # messages; a worker that reads that slowly is lost
 _MAX_CHAIN_UNITS: Final = 256  # of a prompt's prefix that placement looks at
 _BACKOFF_S: Final = (0.05, 1.0)
@@ -102,9 +100,6 @@ class WorkerLink:
         self._has_outgoing = asyncio.Event()
         self._channel: grpc.aio.Channel | None = None
         self._heard_at = 0.0
-        self._moved_at = 0.0
-        self._longest_step_s = 0.0
-        self._is_hung = False
         self._clock_offset_s = 0.0
 
     # ---- what the dispatcher uses
@@ -123,7 +118,7 @@ class WorkerLink:
     @property
     def is_usable(self) -> bool:
         """May it be given new attempts?"""
-        return self.hello is not None and not self.heartbeat.draining and not self._is_hung
+        return self.hello is not None and not self.heartbeat.draining
 
     def open(self, attempt_id: str, sink: AttemptSink, *, prefill_tokens: int, kv_tokens: int) -> None:
         """Route an attempt's events to `sink` and count its predicted load.
@@ -184,8 +179,8 @@ class WorkerLink:
             num_routed=self.num_routed,
         )
 
-    async def get_status(self) -> pb.WorkerStatus:
-        """Ask the worker about itself; at most 2 s.
+    async def get_status(self, timeout_s: float) -> pb.WorkerStatus:
+        """Ask the worker about itself.
 
         Raises:
             WorkerLost: it does not answer.
@@ -194,7 +189,7 @@ class WorkerLink:
             raise WorkerLost(self.why_lost)
         try:
             status: pb.WorkerStatus = await _stub(self._channel).GetStatus(
-                pb.GetStatusRequest(), metadata=self._metadata, timeout=_STATUS_S
+                pb.GetStatusRequest(), metadata=self._metadata, timeout=timeout_s
             )
             return status
         except grpc.aio.AioRpcError as error:
@@ -264,7 +259,7 @@ class WorkerLink:
         self.hello = hello
         self.heartbeat = pb.Heartbeat(num_free_blocks=hello.num_blocks)
         self._channel = channel
-        self._heard_at = self._moved_at = now
+        self._heard_at = now
         self._clock_offset_s = 0.0 if hello.clock_id == clock_id() else now - hello.now_s
         self._outbox.clear()
         self._has_outgoing.clear()
@@ -312,7 +307,7 @@ class WorkerLink:
                     return
 
     async def _watch(self) -> None:
-        """End the session of a worker that is silent, or busy without progress."""
+        """End the session of a worker that is silent; one whose engine hangs falls silent too."""
         while True:
             due = self._heard_at + self._silence_s
             asked_s = max(0.01, due - self._clock.now())
@@ -321,13 +316,10 @@ class WorkerLink:
             now = self._clock.now()
             if now - asleep > asked_s + 0.5:
                 # This process stood still: what the worker said meanwhile is not read yet.
-                self._heard_at = self._moved_at = now
+                self._heard_at = now
                 continue
             if now - self._heard_at >= self._silence_s:
                 raise WorkerLost(f"silent for {now - self._heard_at:.1f} s")
-            if self.heartbeat.num_running and now - self._moved_at > max(MIN_STALL_S, 4 * self._longest_step_s):
-                self._is_hung = True
-                raise WorkerLost(f"busy without progress for {now - self._moved_at:.1f} s")
 
     def _dispatch(self, message: pb.WorkerMessage) -> None:
         kind = message.WhichOneof("kind")
@@ -354,11 +346,6 @@ class WorkerLink:
     def _beat(self, beat: pb.Heartbeat) -> None:
         assert self.hello is not None
         now, last = self._clock.now(), self.heartbeat
-        if beat.progress != last.progress or not beat.num_running:
-            if last.num_running and beat.progress != last.progress:
-                self._longest_step_s = max(self._longest_step_s, now - self._moved_at)
-            self._moved_at = now
-            self._is_hung = False
         if self.hello.clock_id != clock_id():
             # The least delayed message is the best estimate: delays only ever add.
             self._clock_offset_s = min(self._clock_offset_s, now - beat.now_s)
@@ -434,7 +421,7 @@ class Fleet:
             return None
         if missing:
             return "; ".join(f"{link.worker_id}: {link.why_lost}" for link in missing)
-        return "all workers are draining or hung"
+        return "all workers are draining"
 
     def link(self, key: WorkerKey) -> WorkerLink | None:
         """The link to exactly this start of a worker, while it is connected."""

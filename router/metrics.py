@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -17,6 +17,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.process_collector import ProcessCollector
 
 from baton import __version__
+from protos import worker_pb2 as pb
 from router.admission import Admission
 from router.fleet import Fleet
 from router.timeline import Timeline
@@ -73,6 +74,7 @@ class Metrics:
         self._prompt_tokens = self._cached_tokens = self._generated_tokens = self._attempts = 0
         self._ttft, self._itl, self._total = Histogram(_TTFT_S), Histogram(_ITL_S), Histogram(_TOTAL_S)
         self._stages = {stage: Histogram(_STAGE_S) for stage in _STAGES}
+        self._statuses: Sequence[pb.WorkerStatus] = ()
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
         ProcessCollector(registry=self._registry)
@@ -102,13 +104,15 @@ class Metrics:
         """Count one HTTP response."""
         self._responses[str(status)] += 1
 
-    def render(self) -> bytes:
-        """Prometheus's text format."""
+    def render(self, statuses: Sequence[pb.WorkerStatus]) -> bytes:
+        """Prometheus's text format, with what the workers have just said of themselves."""
+        self._statuses = statuses
         return generate_latest(self._registry)
 
     def collect(self) -> Iterator[Metric]:
         """For prometheus_client's registry."""
         yield from self._collect_baton()
+        yield from self._collect_workers()
         yield from self._collect_vllm()
 
     def _collect_baton(self) -> Iterator[Metric]:
@@ -142,10 +146,8 @@ class Metrics:
         views = self._fleet.views()
         for name, help_text, values in (
             ("baton_worker_up", "1 per connected worker.", [1 for _ in views]),
-            ("baton_worker_sequences", "Sequences running or waiting.", [view.num_seqs for view in views]),
             ("baton_worker_waiting_tokens", "Prompt tokens still to compute.", [v.num_waiting_tokens for v in views]),
-            ("baton_worker_free_blocks", "KV blocks free or evictable.", [view.num_free_blocks for view in views]),
-            ("baton_worker_blocks", "KV blocks.", [view.num_blocks for view in views]),
+            ("baton_worker_capacity_blocks", "KV blocks in all.", [view.num_blocks for view in views]),
         ):
             samples = [([v.key.worker_id, v.role], value) for v, value in zip(views, values, strict=True)]
             yield _gauges(name, help_text, ["worker_id", "role"], samples)
@@ -162,6 +164,23 @@ class Metrics:
             [([k], v) for k, v in self._stages.items()],
         )
 
+    def _collect_workers(self) -> Iterator[Metric]:
+        """Worker ids as labels; every counter that a worker keeps becomes a metric of its own."""
+        for name, help_text, part in (
+            ("baton_worker_blocks", "KV blocks by state.", "blocks"),
+            ("baton_worker_sequences", "Sequences by state.", "sequences"),
+            ("baton_worker_transfers", "KV transfers by state.", "transfers"),
+        ):
+            samples = [
+                ([status.worker_id, status.role, state], value)
+                for status in self._statuses
+                for state, value in sorted(getattr(status, part).items())
+            ]
+            yield _gauges(name, help_text, ["worker_id", "role", "state"], samples)
+        for counter in sorted({name for status in self._statuses for name in status.counters}):
+            samples = [([s.worker_id, s.role], s.counters[counter]) for s in self._statuses if counter in s.counters]
+            yield _counters(f"baton_worker_{counter}", "A counter of the workers.", ["worker_id", "role"], samples)
+
     def _collect_vllm(self) -> Iterator[Metric]:
         names, labels = ["model_name", "engine"], [self._model, "0"]
         beats = [link.heartbeat for link in self._fleet.links.values() if link.hello is not None]
@@ -175,8 +194,9 @@ class Metrics:
         ):
             yield _gauges(name, help_text, names, [(labels, value)])
         for name, help_text, value in (
-            ("vllm:prefix_cache_queries", "Prompt tokens looked up.", self._prompt_tokens),
-            ("vllm:prefix_cache_hits", "Prompt tokens found.", self._cached_tokens),
+            ("vllm:prefix_cache_queries", "Prompt tokens looked up.", self._worker_sum("prefix_query_tokens")),
+            ("vllm:prefix_cache_hits", "Prompt tokens found.", self._worker_sum("prefix_hit_tokens")),
+            ("vllm:num_preemptions", "Preemptions.", self._worker_sum("preemptions")),
             ("vllm:prompt_tokens", "Prompt tokens.", self._prompt_tokens),
             ("vllm:generation_tokens", "Generated tokens.", self._generated_tokens),
         ):
@@ -200,6 +220,9 @@ class Metrics:
             ("vllm:request_decode_time_seconds", "First to last token.", self._stages["decode"]),
         ):
             yield _histograms(name, help_text, names, [(labels, histogram)])
+
+    def _worker_sum(self, counter: str) -> int:
+        return sum(status.counters.get(counter, 0) for status in self._statuses)
 
 
 def _counters(name: str, text: str, labels: list[str], samples: Iterable[tuple[list[str], float]]) -> Metric:

@@ -34,6 +34,8 @@ class Timeline:
     finished: float | None = None
     num_tokens: int = 0
     num_cached_tokens: int = 0
+    num_reused_tokens: int = 0
+    """Prompt tokens whose KV the decode worker had already, so that it was not sent."""
     num_attempts: int = 0
     finish_reason: str = ""
     error: str = ""
@@ -50,7 +52,7 @@ class Timeline:
         """A new attempt was placed: what earlier ones' workers say no longer counts."""
         self.num_attempts += 1
         self.prefill_worker, self.decode_worker = prefill, decode
-        self.moments, self.kv_bytes, self.transport = {}, 0, ""
+        self.moments, self.kv_bytes, self.transport, self.num_reused_tokens = {}, 0, "", 0
         if self.placed is None:
             self.placed = now
 
@@ -72,7 +74,8 @@ class Timeline:
         self.moments.setdefault(worker_id, {}).update(moments)
         self.kv_bytes = max(self.kv_bytes, kv_bytes)
         self.transport = self.transport or transport
-        self.num_cached_tokens = max(self.num_cached_tokens, num_cached_tokens)
+        if self.prefill_worker and worker_id == self.decode_worker:
+            self.num_reused_tokens = num_cached_tokens
 
     def waterfall(self) -> dict[str, Any]:
         """The measured parts, in ms; None where a part did not happen or nobody measured it.
@@ -119,6 +122,7 @@ class Timeline:
             **({"error": self.error} if self.error else {}),
             "num_prompt_tokens": self.num_prompt_tokens,
             "num_cached_tokens": self.num_cached_tokens,
+            "num_reused_tokens": self.num_reused_tokens,
             "num_tokens": self.num_tokens,
             "attempts": self.num_attempts,
             "prefill_worker": self.prefill_worker or self.decode_worker,

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from baton.auth import worker_token
-from router import fleet
 from tests.contract.test_http import events, run
 from tests.support.fake_worker import SECRET, FakeCluster, FakeWorker, Script, Site, pair, site
 
@@ -302,16 +301,6 @@ def test_a_silent_worker_is_dead_after_a_while() -> None:
         assert "silent" in link.why_lost
 
     run(two_pairs(d0=Script(gate_at=3, mute=True)), scenario)
-
-
-def test_a_worker_that_is_busy_without_progress_is_dead(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fleet, "MIN_STALL_S", 0.7)
-
-    async def scenario(here: Site) -> None:
-        assert await streamed(here) == (EXPECTED, "length")
-        assert "without progress" in here.router.fleet.links["d0"].why_lost
-
-    run(two_pairs(d0=Script(gate_at=3)), scenario)
 
 
 @pytest.mark.parametrize(

@@ -182,6 +182,7 @@ class _Service(WorkerServicer):
             tp_size=1,
             blocks={"free": worker.num_blocks},
             sequences={"running": len(worker.running)},
+            counters={"kv_integrity_failures": 0, "prefix_hit_tokens": 16},
             pids=[4711],
         )
 

@@ -1,0 +1,104 @@
+"""The measured waterfall, its ring and its log line."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from router.timeline import Timeline, TimelineBook
+
+
+def finished(request_id: str = "r", client_request_id: str = "") -> Timeline:
+    """A disaggregated request: prefill 10 ms from 0.102, the decode side ready 2 ms later, steps of 5 ms."""
+    timeline = Timeline(request_id, 0.1, client_request_id=client_request_id)
+    timeline.attempt("p", "d", 0.101)
+    timeline.worker_moments("p", {"received": 0.1015, "prefill_begin": 0.102, "prefill_end": 0.112}, 0, "shm", 0)
+    timeline.worker_moments("d", {"kv_begin": 0.104, "kv_end": 0.113, "runnable": 0.114}, 4096, "shm", 32)
+    for index, at in enumerate((0.1125, 0.1195, 0.1245, 0.1295)):
+        timeline.tokens(at, 1, 16 if index == 0 else 0)
+    timeline.finished = 0.13
+    timeline.finish_reason = "stop"
+    return timeline
+
+
+def test_the_waterfall_adds_up() -> None:
+    parts = finished().waterfall()
+    assert parts == {
+        "route_ms": 1.5,
+        "queue_ms": 0.5,
+        "prefill_ms": 10.0,
+        "transfer_ms": 9.0,
+        "transfer_hidden_ms": 7.0,
+        "transfer_exposed_ms": 2.0,
+        "handover_ms": 2.0,
+        "decode_ms": 17.0,
+        "ttft_ms": 12.5,
+        "tpot_ms": 5.667,
+        "total_ms": 30.0,
+    }
+    assert (finished().num_cached_tokens, finished().num_reused_tokens) == (16, 32)
+
+
+def test_a_decode_side_that_was_ready_first_exposes_nothing() -> None:
+    timeline = finished()
+    timeline.worker_moments("d", {"runnable": 0.1}, 0, "", 0)
+    assert timeline.waterfall()["transfer_exposed_ms"] == 0.0
+
+
+def test_a_local_request_has_no_transfer() -> None:
+    timeline = Timeline("r", 0.0)
+    timeline.attempt("", "d", 0.1)
+    timeline.worker_moments("d", {"received": 0.1, "prefill_begin": 0.2, "prefill_end": 0.3}, 0, "", 0)
+    timeline.tokens(0.31, 1, 0)
+    parts = timeline.waterfall()
+    assert (parts["prefill_ms"], parts["transfer_ms"], parts["handover_ms"]) == (100.0, None, None)
+
+
+def test_what_nobody_measured_is_unknown() -> None:
+    parts = Timeline("r", 0.0).waterfall()
+    assert set(parts.values()) == {None}
+
+
+def test_a_new_attempt_forgets_the_moments_of_the_last_one_and_keeps_the_tokens() -> None:
+    timeline = finished()
+    timeline.attempt("", "d2", 0.2)
+    assert timeline.moments == {}
+    assert timeline.num_tokens == 4
+    assert timeline.num_attempts == 2
+    assert timeline.placed == 0.101
+
+
+def test_tokens_that_arrive_together_are_no_time_apart() -> None:
+    timeline = Timeline("r", 0.0)
+    timeline.tokens(1.0, 3, 0)
+    timeline.tokens(2.0, 2, 0)
+    assert list(timeline.intervals) == [0.0, 0.0, 1.0, 0.0]
+    assert timeline.num_tokens == 5
+
+
+def test_a_finished_request_is_logged_once_and_remembered(caplog: pytest.LogCaptureFixture) -> None:
+    seen: list[str] = []
+    book = TimelineBook(2, lambda timeline: seen.append(timeline.request_id))
+    with caplog.at_level(logging.INFO, "router"):
+        for name in ("a", "b", "c"):
+            book.add(finished(name, f"client-{name}"))
+    (record, *_) = [record for record in caplog.records if record.message == "request finished"]
+    assert (record.request_id, record.transfer_exposed_ms) == ("a", 2.0)  # type: ignore[attr-defined]
+    assert seen == ["a", "b", "c"]
+    assert book.trace("a") is None
+    assert book.trace("client-a") is None
+    assert [trace["request_id"] for trace in book.latest()] == ["c", "b"]
+    trace = book.trace("client-c")
+    assert trace is not None
+    assert trace["moments_ms"]["d"] == {"kv_begin": 4.0, "kv_end": 13.0, "runnable": 14.0}
+
+
+def test_at_the_end_of_the_process_what_is_awaited_is_logged_as_it_is() -> None:
+    seen: list[str] = []
+    book = TimelineBook(2, lambda timeline: seen.append(timeline.request_id))
+    timeline = finished()
+    book.expect(timeline, lambda: book.add(timeline))
+    book.flush()
+    book.flush()
+    assert seen == ["r"]

@@ -273,15 +273,14 @@ inline void attend_tiles(const AttentionLayer<bf16>& layer, const SequencePart& 
         const f32x16 offset = highest * -to_log2;
         f32x16 total[2] = {};
         for (int j = 0; j < n; j += 2) {
-          const f32x16 p0 = exp2(load_as<f32x16>(scores + j * 128) * to_log2 + offset);
-          const f32x16 p1 = exp2(load_as<f32x16>(scores + (j + 1) * 128) * to_log2 + offset);
+          const f32x16 p0 = exp2<4>(load_as<f32x16>(scores + j * 128) * to_log2 + offset);
+          const f32x16 p1 = exp2<4>(load_as<f32x16>(scores + (j + 1) * 128) * to_log2 + offset);
           total[0] += p0;
           total[1] += p1;
-          // Round both to bf16 and interleave: low half of each lane the even key, high half the odd one.
-          const __m512i b0 = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)p0));
-          const __m512i b1 = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)p1));
+          // Round both to bf16 (ties up) and interleave: low half of each lane the even key, high half the odd one.
+          const u32x16 low = ((u32x16)p0 + 0x8000u) >> 16, high = (u32x16)p1 + 0x8000u;
           store_as(s.probs + (j / 32 * 2 + half) * kTileBytes + j % 32 / 2 * 64,
-                   _mm512_or_si512(b0, _mm512_slli_epi32(b1, 16)));
+                   _mm512_mask_blend_epi16(0xaaaaaaaau, (__m512i)low, (__m512i)high));
         }
         const f32x16 correction = exp2((before - highest) * to_log2);
         store16(s.highest + c + half * 16, highest);
@@ -440,7 +439,7 @@ inline void attend_token(const AttentionLayer<bf16>& layer, const SequencePart& 
       const float offset = -highest[g] * to_log2;
       f32x16 sum_here = {};
       for (int j = 0; j < n16; j += 16) {
-        const f32x16 p = exp2(load16(row + j) * to_log2 + offset);
+        const f32x16 p = exp2<4>(load16(row + j) * to_log2 + offset);
         sum_here += p;
         store_as(probs + g * kDecodeKeys + j, narrow(p));
       }

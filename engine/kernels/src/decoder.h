@@ -120,8 +120,8 @@ class Decoder final : public DecoderBase {
  public:
   Decoder(const ModelDesc& model, Pool& pool)
       : m_(model), layers_(model.layers, model.layers + model.num_layers), pool_(pool), next_item_(model.num_layers) {
-    hidden_stride_ = round_up(m_.hidden_size, kPanel);
-    qkv_stride_ = round_up(int64_t(m_.num_heads + 2 * m_.num_kv_heads) * m_.head_dim, kPanel);
+    hidden_stride_ = row_stride(m_.hidden_size);
+    qkv_stride_ = row_stride(int64_t(m_.num_heads + 2 * m_.num_kv_heads) * m_.head_dim);
     for (int i = 0; i < pool.size(); i++) scratch_.push_back(std::make_unique<Buffer>());
   }
 
@@ -186,6 +186,10 @@ class Decoder final : public DecoderBase {
     return true;
   }
 
+  // Elements from one row to the next: an odd number of panels, so that the same columns of neighbouring rows do not
+  // fall into the same few sets of the cache.
+  static int64_t row_stride(int64_t columns) { return (ceil_div(columns, kPanel) | 1) * kPanel; }
+
   int group() const { return m_.num_heads / m_.num_kv_heads; }
 
   ATiles tiles(const Buffer& buffer, int64_t num_rows, int64_t columns) const {
@@ -233,7 +237,8 @@ class Decoder final : public DecoderBase {
         norm(layer.input_norm, n, nullptr, thread);
         timed(kNorm);
         apply(layer.qkv, tiles(normed_, n, m_.hidden_size), n, thread, [&](auto type, const Scales& scales) {
-          return StoreRows<decltype(type), T>{qkv_.as<T>(), qkv_stride_, scales};
+          const bool past_cache = n * qkv_stride_ * int64_t(sizeof(T)) > kPastCacheBytes;
+          return StoreRows<decltype(type), T>{qkv_.as<T>(), qkv_stride_, scales, past_cache};
         });
         timed(kQkv);
         write_kv(layer, thread);
@@ -283,6 +288,7 @@ class Decoder final : public DecoderBase {
     } else {
       linear<T>(x, num_rows, w.packed, panels, finish(T{}, Scales{nullptr, nullptr, w.bias}));
     }
+    order_stores();
     pool_.barrier();
   }
 

@@ -25,6 +25,7 @@ struct alignas(64) Block {
 
 constexpr int kBlockRows = 32;
 constexpr int kStreamAheadBytes = 2048;
+constexpr int64_t kPastCacheBytes = 3 << 19;  // results larger than this do not stay in L2
 constexpr int64_t kRowsInCacheBytes = 1200 << 10;  // of activations that stay in a 2 MiB L2 beside two panels
 
 inline size_t packed_bytes(int64_t num_outputs, int64_t num_k_tiles) {
@@ -48,6 +49,12 @@ enum class Prefetch { kNone, kStream, kNextPanel };
 struct FetchPlan {
   const char* from;
   int lines;
+};
+
+// A block that is computed and not yet finished. No rows: there is none.
+struct Late {
+  const Block* block;
+  int m, rows, panel;
 };
 
 #if defined(__AMX_TILE__)
@@ -79,10 +86,13 @@ constexpr bool kHasTiles = sizeof(T) < 4;
     }                                          \
   } while (0)
 
-// K tiles [0, num_k_tiles) from the given addresses on; `is_first`: `out` is overwritten, not added to.
-template <class T, bool kTwo, Prefetch kFetch>
+// K tiles [0, num_k_tiles) from the given addresses on; `is_first`: `out` is overwritten, not added to. What is `late`
+// is finished in slices between the tiles; it may be what `out` holds before.
+template <class T, bool kTwo, Prefetch kFetch, class Finish>
 BATON_INLINE void tile_block(const char* a0, const char* a1, int a_step, const char* b, int num_k_tiles, bool is_first,
-                             Block& out, FetchPlan fetch) {
+                             Block& out, FetchPlan fetch, Late late, const Finish& finish) {
+  const int slice = int(ceil_div(late.rows, num_k_tiles));
+  int done = 0;
   if (is_first) {
     _tile_zero(0);
     _tile_zero(1);
@@ -118,6 +128,11 @@ BATON_INLINE void tile_block(const char* a0, const char* a1, int a_step, const c
     _tile_loadd(7, b + kTileBytes, 64);
     BATON_TILE_DOT(T, 1, 4, 7);
     if constexpr (kTwo) BATON_TILE_DOT(T, 3, 5, 7);
+    if (done < late.rows) {
+      const int end = done + slice < late.rows ? done + slice : late.rows;
+      finish(*late.block, late.m, done, end, late.panel);
+      done = end;
+    }
     a0 += a_step;
     if constexpr (kTwo) a1 += a_step;
     b += 2 * kTileBytes;
@@ -184,10 +199,10 @@ inline void vector_rows(const ATiles& a, int m, const char* b, Block& out, int o
   }
 }
 
-// K tiles [k_begin, k_end) of one block. The vector path takes all of K at once.
-template <class T>
-inline void compute_block(const ATiles& a, int m, int rows, const char* panel, int k_begin, int k_end, Block& out,
-                          Prefetch mode, FetchPlan fetch) {
+// K tiles [k_begin, k_end) of one block, and all of what is `late`. The vector path takes all of K at once.
+template <class T, class Finish>
+BATON_INLINE void compute_block(const ATiles& a, int m, int rows, const char* panel, int k_begin, int k_end, Block& out,
+                                Prefetch mode, FetchPlan fetch, Late late, const Finish& finish) {
 #if defined(__AMX_TILE__)
   if constexpr (kHasTiles<T>) {
     const int a_step = a.rows_per_tile * kTileRowBytes, n = k_end - k_begin;
@@ -197,18 +212,19 @@ inline void compute_block(const ATiles& a, int m, int rows, const char* panel, i
     const char* b = panel + size_t(k_begin) * 2 * kTileBytes;
     if (mode == Prefetch::kStream) {
       if (a1) {
-        tile_block<T, true, Prefetch::kStream>(a0, a1, a_step, b, n, is_first, out, fetch);
+        tile_block<T, true, Prefetch::kStream>(a0, a1, a_step, b, n, is_first, out, fetch, late, finish);
       } else {
-        tile_block<T, false, Prefetch::kStream>(a0, a1, a_step, b, n, is_first, out, fetch);
+        tile_block<T, false, Prefetch::kStream>(a0, a1, a_step, b, n, is_first, out, fetch, late, finish);
       }
     } else if (a1) {
-      tile_block<T, true, Prefetch::kNextPanel>(a0, a1, a_step, b, n, is_first, out, fetch);
+      tile_block<T, true, Prefetch::kNextPanel>(a0, a1, a_step, b, n, is_first, out, fetch, late, finish);
     } else {
-      tile_block<T, false, Prefetch::kNextPanel>(a0, a1, a_step, b, n, is_first, out, fetch);
+      tile_block<T, false, Prefetch::kNextPanel>(a0, a1, a_step, b, n, is_first, out, fetch, late, finish);
     }
     return;
   }
 #endif
+  if (late.rows) finish(*late.block, late.m, 0, late.rows, late.panel);
   int i = 0;
   for (; i + 6 <= rows; i += 6) vector_rows<T, 6>(a, m + i, panel, out, i);
   for (; i + 2 <= rows; i += 2) vector_rows<T, 2>(a, m + i, panel, out, i);
@@ -216,8 +232,9 @@ inline void compute_block(const ATiles& a, int m, int rows, const char* panel, i
   (void)mode, (void)fetch, (void)k_begin, (void)k_end;
 }
 
-// Rows [0, num_rows) times panels [panels.begin, panels.end) of `weights`. `finish(block, m, rows, panel)` gets the
-// accumulators of rows m .. m + rows - 1; it runs one block late, so that its work overlaps the tiles of the next.
+// Rows [0, num_rows) times panels [panels.begin, panels.end) of `weights`. `finish(block, m, begin, end, panel)` gets the
+// accumulators of rows m + begin .. m + end - 1. It runs between the tiles of a later block: while it would run alone,
+// the tile unit would stand still for a third of the time.
 //
 // Loops, outermost first: rows that fit in L2 | panels | kGroup blocks of rows | K in pieces | blocks of the group. A
 // piece of a panel (16 KiB) and the accumulators of a group then stay in L1, and only activations stream from L2.
@@ -227,6 +244,7 @@ inline void linear(const ATiles& a, int num_rows, const char* weights, Range pan
   if constexpr (kHasTiles<T>) configure_tiles(a.rows_per_tile);
   constexpr int kGroup = 4, kPiece = 8, kWhole = 18;  // K tiles
   Block blocks[kGroup];
+  Late late[kGroup] = {};
   const int k_tiles = a.num_k_tiles;
   const size_t panel_bytes = size_t(k_tiles) * 2 * kTileBytes;
   int64_t rows_at_once = kRowsInCacheBytes / (int64_t(k_tiles) * kTileRowBytes) / kBlockRows * kBlockRows;
@@ -241,19 +259,21 @@ inline void linear(const ATiles& a, int num_rows, const char* weights, Range pan
       const char* b = weights + panel * panel_bytes;
       for (int first = 0; first < num_blocks; first += kGroup) {
         const int in_group = num_blocks - first < kGroup ? num_blocks - first : kGroup;
-        auto row_of = [&](int i) { return int(m_begin) + (first + i) * kBlockRows; };
-        auto rows_in = [&](int i) { return m_end - row_of(i) < kBlockRows ? m_end - row_of(i) : kBlockRows; };
         for (int k = 0; k < k_tiles; k += piece) {
           const int k_end = k + piece < k_tiles ? k + piece : k_tiles;
           for (int i = 0; i < in_group; i++) {
+            const int m = int(m_begin) + (first + i) * kBlockRows;
+            const int rows = m_end - m < kBlockRows ? m_end - m : kBlockRows;
             const char* next = b + panel_bytes + (size_t(first + i) * k_tiles + k) * lines * 64;
-            compute_block<T>(a, row_of(i), rows_in(i), b, k, k_end, blocks[i], mode, {next, lines});
-            if (k_end == k_tiles && i > 0) finish(blocks[i - 1], row_of(i - 1), rows_in(i - 1), panel);
+            compute_block<T>(a, m, rows, b, k, k_end, blocks[i], mode, {next, lines}, late[i], finish);
+            late[i] = {&blocks[i], m, k_end == k_tiles ? rows : 0, panel};
           }
         }
-        finish(blocks[in_group - 1], row_of(in_group - 1), rows_in(in_group - 1), panel);
       }
     }
+  }
+  for (const Late& l : late) {
+    if (l.rows) finish(*l.block, l.m, 0, l.rows, l.panel);
   }
 }
 
@@ -277,18 +297,20 @@ BATON_INLINE f32x16 accumulated(const Block& block, int i, int half, int m, int 
   return s.bias ? y + load16(s.bias + output) : y;
 }
 
-// out[m][n] = y
+// out[m][n] = y; rows start at multiples of 64 bytes.
 template <class T, class Out>
 struct StoreRows {
   Out* out;
   int64_t stride;  // elements; outputs are padded to panels
   Scales scales;
-  void operator()(const Block& block, int m, int rows, int panel) const {
-    for (int i = 0; i < rows; i++) {
-      Out* row = out + (m + i) * stride + panel * kPanel;
-      for (int half = 0; half < 2; half++) {
-        store16(row + half * 16, accumulated<T>(block, i, half, m + i, panel * kPanel + half * 16, scales));
-      }
+  bool past_cache = false;
+  void operator()(const Block& block, int m, int begin, int end, int panel) const {
+    const StoreRows f = *this;  // the stores below can not change a copy
+    Out* row = f.out + (m + begin) * f.stride + panel * kPanel;
+    for (int i = begin; i < end; i++, row += f.stride) {
+      const f32x16 low = accumulated<T>(block, i, 0, m + i, panel * kPanel, f.scales);
+      const f32x16 high = accumulated<T>(block, i, 1, m + i, panel * kPanel + 16, f.scales);
+      store32(row, low, high, f.past_cache);
     }
   }
 };
@@ -299,8 +321,8 @@ struct StoreLogits {
   float* out;
   int64_t stride;
   Scales scales;
-  void operator()(const Block& block, int m, int rows, int panel) const {
-    for (int i = 0; i < rows; i++) {
+  void operator()(const Block& block, int m, int begin, int end, int panel) const {
+    for (int i = begin; i < end; i++) {
       float* row = out + (m + i) * stride + panel * kPanel;
       for (int half = 0; half < 2; half++) {
         const f32x16 y = accumulated<T>(block, i, half, m + i, panel * kPanel + half * 16, scales);
@@ -316,13 +338,13 @@ struct AddRows {
   Out* hidden;
   int64_t stride;
   Scales scales;
-  void operator()(const Block& block, int m, int rows, int panel) const {
-    for (int i = 0; i < rows; i++) {
-      Out* row = hidden + (m + i) * stride + panel * kPanel;
-      for (int half = 0; half < 2; half++) {
-        const f32x16 y = accumulated<T>(block, i, half, m + i, panel * kPanel + half * 16, scales);
-        store16(row + half * 16, load16(row + half * 16) + rounded<Out>(y));
-      }
+  void operator()(const Block& block, int m, int begin, int end, int panel) const {
+    const AddRows f = *this;
+    Out* row = f.hidden + (m + begin) * f.stride + panel * kPanel;
+    for (int i = begin; i < end; i++, row += f.stride) {
+      const f32x16 low = rounded<Out>(accumulated<T>(block, i, 0, m + i, panel * kPanel, f.scales));
+      const f32x16 high = rounded<Out>(accumulated<T>(block, i, 1, m + i, panel * kPanel + 16, f.scales));
+      store32(row, load16(row) + low, load16(row + 16) + high, false);
     }
   }
 };
@@ -332,11 +354,12 @@ template <class T, class Out>
 struct SiluMul {
   ATiles out;
   Scales scales;
-  void operator()(const Block& block, int m, int rows, int panel) const {
-    for (int i = 0; i < rows; i++) {
-      const f32x16 gate = rounded<Out>(accumulated<T>(block, i, 0, m + i, panel * kPanel, scales));
-      const f32x16 up = rounded<Out>(accumulated<T>(block, i, 1, m + i, panel * kPanel + 16, scales));
-      store16(out.at<Out>(m + i, panel * 16), rounded<Out>(silu(gate)) * up);
+  void operator()(const Block& block, int m, int begin, int end, int panel) const {
+    const SiluMul f = *this;
+    for (int i = begin; i < end; i++) {
+      const f32x16 gate = rounded<Out>(accumulated<T>(block, i, 0, m + i, panel * kPanel, f.scales));
+      const f32x16 up = rounded<Out>(accumulated<T>(block, i, 1, m + i, panel * kPanel + 16, f.scales));
+      store16(f.out.at<Out>(m + i, panel * 16), rounded<Out>(silu(gate)) * up);
     }
   }
 };
@@ -352,12 +375,12 @@ struct ArgMax {
   Best* best;  // [num_rows], of this thread
   int num_outputs;
   Scales scales;
-  void operator()(const Block& block, int m, int rows, int panel) const {
+  void operator()(const Block& block, int m, int begin, int end, int panel) const {
     const i32x16 lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     for (int half = 0; half < 2; half++) {
       const i32x16 index = lanes + (panel * kPanel + half * 16);
       const i32x16 is_real = index < num_outputs;
-      for (int i = 0; i < rows; i++) {
+      for (int i = begin; i < end; i++) {
         Best& b = best[m + i];
         const f32x16 y = rounded<Out>(accumulated<T>(block, i, half, m + i, panel * kPanel + half * 16, scales));
         const i32x16 better = (y > b.value) & is_real;

@@ -14,6 +14,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from baton.clock import Clock, ManualClock
 from baton.kv_layout import KVGeometry, KVLayout, LayerSpec, ModelKV
 from kvtransfer.api import EndpointConfig, PeerWorker, SendRequest, TransferEvent, TransferId
 from kvtransfer.endpoint import Endpoint
@@ -63,9 +64,13 @@ class Rank:
         while not condition():
             if time.monotonic() > deadline:
                 raise AssertionError(f"condition does not hold; {self.endpoint.stats()}")
-            turned = threading.Event()
-            self.endpoint._thread.post(turned.set)
-            turned.wait(1.0)
+            self.turn()
+
+    def turn(self) -> None:
+        """Wait until the transfer thread has run what was posted so far."""
+        turned = threading.Event()
+        self.endpoint._thread.post(turned.set)
+        turned.wait(1.0)
 
     def layer_bytes(self, layer: int) -> np.ndarray:
         """One layer as [block, K|V, head, token, dim bytes]."""
@@ -140,6 +145,7 @@ def make_worker(
     num_blocks: int = 64,
     model: ModelKV = MODEL,
     faults: FaultHook | None = None,
+    clock: Clock | None = None,
     shared_pool: bool = True,
     **settings: object,
 ) -> Worker:
@@ -157,7 +163,7 @@ def make_worker(
         buffer = memoryview(mapping if mapping is not None else bytearray(layout.pool_bytes))
         config = EndpointConfig(name, incarnation, layout, SECRET, unix_dir=unix_dir, transports=transports)
         config = replace(config, **settings)  # type: ignore[arg-type]
-        ranks.append(Rank(layout, buffer, Endpoint(config, buffer, fd, faults=faults), fd, mapping))
+        ranks.append(Rank(layout, buffer, Endpoint(config, buffer, fd, faults=faults, clock=clock), fd, mapping))
     return Worker(name, incarnation, ranks)
 
 
@@ -198,6 +204,14 @@ def assert_equal(
             heads = rank.layout.heads(layer)
             got = rank.read_layer(layer, block_table, tokens.shape[2])
             np.testing.assert_array_equal(got[:, :, first_token:], tokens[:, heads.start : heads.stop, first_token:])
+
+
+def let_pass(clock: ManualClock, seconds: float, *ranks: Rank, steps: int = 1) -> None:
+    """Move the clock on in steps; after each, the ranks take turns until what they had to say has arrived."""
+    for _ in range(steps):
+        clock.advance(seconds / steps)
+        for rank in (*ranks, *ranks, *ranks):
+            rank.turn()
 
 
 def num_open_fds() -> int:

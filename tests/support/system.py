@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import httpx
 
-_START_LIMIT_S = 60.0
+_START_LIMIT_S = 120.0
 _QUIET_LIMIT_S = 10.0
 _EVENT_LIMIT_S = 30.0
 

@@ -88,6 +88,7 @@ def banner(
         ("http", f"{http_url}/v1  (OpenAI-compatible; /health, /metrics)"),
         ("grpc", f"{grpc_url}  (KServe v2)"),
         ("start", _steps(start_up)),
+        *(("note", note) for note in _notes(config)),
         ("logs", f"{logs}  (removed at the end unless something fails)"),
         ("try", f"baton chat, baton status, baton trace, or\n{_curl(http_url, model.name, config)}"),
     ]
@@ -127,6 +128,13 @@ def _worker(plan: WorkerPlan, facts: UnitFacts) -> str:
     if slowest:
         parts.append(", ".join(f"{step.removesuffix('_s').replace('_', ' ')} {s:.1f} s" for step, s in slowest.items()))
     return "  ".join(parts)
+
+
+def _notes(config: Config) -> list[str]:
+    is_loopback = config.router.host in ("localhost", "::1") or config.router.host.startswith("127.")
+    if is_loopback or config.router.api_key_file is not None:
+        return []
+    return [f"whoever can reach {config.router.host} may use this server; see --api-key-file"]
 
 
 def _steps(start_up: StartUp) -> str:

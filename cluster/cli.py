@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -183,6 +184,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_USAGE
     except (RunDirError, ClientError) as error:
         sys.stderr.write(f"baton: {error}\n")
+        return EXIT_FAILED
+    except BrokenPipeError:  # the reader has seen enough (`baton status | head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return EXIT_FAILED
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED

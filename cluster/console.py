@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import sys
 import time
 from typing import Any, Final, Literal, TextIO
 
@@ -26,21 +26,20 @@ def choose_style(wanted: str | None, out: TextIO) -> Style:
 
 
 class Console:
-    """Lines on stderr. A terminal that is gone is not an error."""
+    """Lines for the user, and a log of the supervisor's own words. A terminal that is gone is not an error."""
 
-    def __init__(self, style: Style, out: TextIO | None = None) -> None:
+    def __init__(self, style: Style, out: TextIO, log: TextIO | None = None) -> None:
         self._style = style
-        self._out = sys.stderr if out is None else out
+        self._out = out
+        self._log = log
 
     def say(self, text: str, level: str = "info", **fields: Any) -> None:
         """The supervisor's own words: a sentence, and its values for programs."""
-        if self._style == "text":
-            self._write(f"{_clock_text(time.time())} {_mark(level)}{text}")
-            return
         now = time.time()
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now % 1 * 1000):03d}Z"
-        line = {"time": stamp, "level": level, "logger": "cluster", "event": text, **fields}
-        self._write(json.dumps(line, default=str))
+        line = json.dumps({"time": stamp, "level": level, "logger": "cluster", "event": text, **fields}, default=str)
+        _write(self._log, line)
+        _write(self._out, line if self._style == "json" else f"{_clock_text(now)} {_mark(level)}{text}")
 
     def greet(self, banner: str, **fields: Any) -> None:
         """The server is ready: the banner for people, its facts for programs."""
@@ -70,11 +69,14 @@ class Console:
             self._write(f"{_clock_text(time.time())} {_mark(str(record.get('level')))}{process}: {_event_text(record)}")
 
     def _write(self, text: str) -> None:
-        try:
-            self._out.write(text + "\n")
-            self._out.flush()
-        except OSError:
-            return
+        _write(self._out, text)
+
+
+def _write(out: TextIO | None, text: str) -> None:
+    if out is not None:
+        with contextlib.suppress(OSError):
+            out.write(text + "\n")
+            out.flush()
 
 
 def _clock_text(now: float) -> str:

@@ -11,7 +11,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from types import FrameType
 from typing import Any, Final
 
@@ -95,7 +94,7 @@ class _Guardian:
     def _clean_up(self, status: int) -> None:
         is_unexpected = status not in (0, EXIT_USAGE) and not self._signals
         process_tree.end_descendants(grace_s=0.0 if self._signals > 1 else _LEFTOVER_GRACE_S)
-        logs = self._run.keep_logs() if is_unexpected else None
+        logs = self._run.keep_logs() if is_unexpected or self._run.state().get("had_failure") else None
         self._run.remove()
         if is_unexpected and status < 0:
             _say(f"the supervisor was ended by signal {-status}; everything that it had started has been ended")
@@ -114,12 +113,7 @@ def _say(sentence: str) -> None:
     sys.stderr.write(f"baton: {sentence}\n")
 
 
-def clean_up_instead(run: RunDir) -> None:
+def clean_up_instead(run: RunDir, grace_s: float = _LEFTOVER_GRACE_S) -> None:
     """What the guardian does at the end, done by a supervisor whose guardian was killed."""
-    process_tree.end_descendants(grace_s=_LEFTOVER_GRACE_S)
+    process_tree.end_descendants(grace_s)
     run.remove()
-
-
-def now() -> float:
-    """`time.monotonic`: the same clock in every process of this machine."""
-    return time.monotonic()

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from cluster import child, run_dir
+from cluster import child, process_tree, run_dir
 from cluster.host import LogLine, Report
 from cluster.rank_host import RankHost
 from cluster.run_dir import RunDir
@@ -27,6 +27,7 @@ from cluster.unit import Place, StartFailed, UnitOrder, UnitState
 T = TypeVar("T")
 
 _OBJECT_STORE_BYTES: Final = 80 * 2**20  # about the least that Ray takes; nothing is stored
+_HELPERS: Final = ("autoscaler/_private/monitor.py", "_private/log_monitor.py", "dashboard/dashboard.py")
 _SHUTDOWN_S: Final = 10.0
 _STOP_CALL_S: Final = 2.0
 """On top of a unit's own grace."""
@@ -97,6 +98,7 @@ class RayLauncher:
                 _temp_dir=str(self._run.ray),
                 **options,
             )
+            _end_helpers()
             return
         variables = {key: os.environ[key] for key in ("PYTHONPATH", run_dir.RUN_ID_ENV) if key in os.environ}
         ray.init(address=self._address, runtime_env={"env_vars": variables}, **options)
@@ -250,7 +252,16 @@ def _prepare_environment(run: RunDir) -> None:
         RAY_DISABLE_FAILURE_SIGNAL_HANDLER="1",  # it would take SIGTERM from us
         RAY_USAGE_STATS_ENABLED="0",
         RAY_worker_niceness="0",  # 15 by default: starved by any ordinary process
+        RAY_ROTATION_MAX_BYTES=str(16 * 2**20),
+        RAY_ROTATION_BACKUP_COUNT="1",
         RAY_memory_monitor_refresh_ms="0",  # it would kill ranks when others fill the memory
         RAY_gcs_rpc_server_reconnect_timeout_s="600",  # after 60 s without its head Ray ends every process
         PYTHONPATH=child.environment(os.environ).get("PYTHONPATH", ""),
     )
+
+
+def _end_helpers() -> None:
+    """Autoscaler, log monitor and dashboard have nothing to do here, but cost 180 MB; no option leaves them out."""
+    helpers = process_tree.running_scripts(_HELPERS)
+    process_tree.kill(helpers)
+    process_tree.reap(helpers)

@@ -7,7 +7,7 @@ import ctypes
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -111,11 +111,23 @@ def zombies() -> set[int]:
     return {stat.pid for stat in _all_stats() if stat.ppid == os.getpid() and stat.state == "Z"}
 
 
-def reap(pids: set[int]) -> None:
-    """Wait for these zombies."""
+def reap(pids: Iterable[int]) -> None:
+    """Wait for these children until they have ended."""
     for pid in pids:
         with contextlib.suppress(ChildProcessError):
-            os.waitpid(pid, os.WNOHANG)
+            os.waitpid(pid, 0)
+
+
+def running_scripts(suffixes: tuple[str, ...]) -> list[int]:
+    """Pids of children of this process that run a Python file whose path ends so."""
+    found = []
+    for stat in _all_stats():
+        if stat.ppid == os.getpid():
+            with contextlib.suppress(OSError):
+                arguments = Path(f"/proc/{stat.pid}/cmdline").read_text(errors="replace").split("\0")
+                if any(argument.endswith(suffixes) for argument in arguments[1:3]):
+                    found.append(stat.pid)
+    return found
 
 
 def marked_with(name: str, value: str) -> list[int]:
@@ -132,7 +144,7 @@ def marked_with(name: str, value: str) -> list[int]:
     return found
 
 
-def kill(pids: list[int]) -> None:
+def kill(pids: Iterable[int]) -> None:
     """SIGKILL each; one that is gone is no error."""
     for pid in pids:
         _signal(pid, signal.SIGKILL)

@@ -63,12 +63,16 @@ class RunDir:
     def write_state(self, **fields: Any) -> None:
         """Set these fields of `server.json`, atomically. One process at a time may do so."""
         file = self.path / _STATE
-        state = {**(_read_json(file) or {}), **fields}
+        state = {**self.state(), **fields}
         temporary = file.with_suffix(".tmp")
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with open(descriptor, "w") as out:
             json.dump(state, out)
         temporary.rename(file)
+
+    def state(self) -> dict[str, Any]:
+        """What `server.json` says; {} if it can not be read."""
+        return _read_json(self.path / _STATE) or {}
 
     def remove(self) -> None:
         """Delete it all."""
@@ -84,6 +88,8 @@ class RunDir:
             shutil.rmtree(old, ignore_errors=True)
         target = kept / self.run_id
         self.logs.rename(target)
+        for index, ray_logs in enumerate(self.ray.glob("session_2*/logs")):
+            ray_logs.rename(target / f"ray-{index}")
         target.touch()
         return target
 

@@ -10,6 +10,7 @@ import asyncio
 import json
 import os
 import secrets
+import shutil
 import signal
 import socket
 import sys
@@ -81,6 +82,7 @@ class Supervisor:
         self._secret = secret
         self._modules = modules
         self._start_up = start_up
+        self._guardian_pid = os.getppid()
         self._stop = asyncio.Event()
         self._is_open = asyncio.Event()
         self._has_lost_unit = asyncio.Event()
@@ -120,7 +122,10 @@ class Supervisor:
 
     def _on_signal(self) -> None:
         if self._stop.is_set():
-            os._exit(1)  # the guardian, or the kernel by way of the death signal, ends the rest
+            if os.getppid() != self._guardian_pid:
+                guardian.clean_up_instead(self._run, grace_s=0.0)
+            os._exit(guardian.EXIT_FAILED)
+        self._console.say("stopping; once more to stop at once")
         self._stop.set()
 
     async def _open_launcher(self) -> None:
@@ -168,6 +173,7 @@ class Supervisor:
         while True:
             how, uptime_s = await self._run_once(name, start)
             self._has_lost_unit.set()
+            self._run.write_state(had_failure=True)
             delay_s = policy.after_failure(time.monotonic(), uptime_s)
             if delay_s is None:
                 self._give_up(name, how)
@@ -199,6 +205,8 @@ class Supervisor:
                 self._on_down(name)
                 is_broken = unit.state.ended.done()
                 await unit.stop(_BROKEN_GRACE_S if is_broken else self._config.cluster.stop_grace_s)
+                if unit.state.order.private_dir is not None:
+                    shutil.rmtree(unit.state.order.private_dir, ignore_errors=True)
         except (StartFailed, TimeoutError) as error:
             failure = error if isinstance(error, StartFailed) else StartFailed(f"{name} was not ready in {limit_s:g} s")
         if not self._start_up.is_finished:
@@ -340,7 +348,7 @@ def _build(request: Request, console: Console) -> Supervisor:
     config = _load_config(request)
     check_ports(config)
     secret = _take_secret(config)
-    model = topology.resolve_model(config)
+    model = topology.resolve_model(config, lambda hub_id: console.say(f"downloading {hub_id}"))
     workers = topology.plan_workers(config, sorted(os.sched_getaffinity(0)))
     local = LocalLauncher(request.run.logs)
     launcher: Launcher = local
@@ -373,7 +381,7 @@ async def _serve(request: Request, console: Console) -> None:
 
 def _take_terminal(request: Request) -> Console:
     """The terminal is for the console; what libraries print goes to a log file."""
-    console = Console(choose_style(request.log_format, sys.stderr), os.fdopen(os.dup(2), "w"))
+    console = Console(choose_style(request.log_format, sys.stderr), os.fdopen(os.dup(2), "w"), sys.stderr)
     log = os.open(request.run.logs / "supervisor.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.dup2(log, 1)
     os.dup2(log, 2)

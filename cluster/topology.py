@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -87,8 +87,8 @@ def _share_cores(available: Sequence[int], num_ranks: int, threads: int) -> list
     return [tuple(available[rank * threads : (rank + 1) * threads]) for rank in range(num_ranks)]
 
 
-def resolve_model(config: Config) -> ModelChoice:
-    """Find the model, downloading it if it is named by a hub id.
+def resolve_model(config: Config, on_download: Callable[[str], None] = lambda hub_id: None) -> ModelChoice:
+    """Find the model, downloading it if it is named by a hub id (`on_download` hears of that first).
 
     Raises:
         ConfigError: it is not there or can not be had; names the path.
@@ -102,6 +102,7 @@ def resolve_model(config: Config) -> ModelChoice:
     if path.exists():
         return ModelChoice(_model_dir(path), name or path.resolve().name)
     if _HUB_ID.fullmatch(wanted) and not wanted.startswith("."):
+        on_download(wanted)
         return ModelChoice(_download(wanted), name or wanted)
     raise ConfigError(f"model.path: {wanted}: no such directory")
 

@@ -12,9 +12,10 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from baton import __version__
-from baton.errors import ServeError, Unauthorized, Unavailable, WorkerLost
+from baton.errors import ServeError, Unauthorized, WorkerLost
 from protos import worker_pb2 as pb
 from router.admission import Admission
+from router.answer import Answers
 from router.fleet import Fleet, WorkerLink
 from router.http import json_response
 from router.metrics import CONTENT_TYPE, Metrics
@@ -40,6 +41,7 @@ class AdminDoor:
         *,
         router_id: str,
         token: str,
+        answers: Answers,
         fleet: Fleet,
         book: TimelineBook,
         admission: Admission,
@@ -49,6 +51,7 @@ class AdminDoor:
         """`token`: the whole `authorization` value that opens /internal. `facts`: static, shown in the status."""
         self._router_id = router_id
         self._token = token.encode()
+        self._answers = answers
         self._fleet = fleet
         self._book = book
         self._admission = admission
@@ -69,8 +72,7 @@ class AdminDoor:
 
     async def health(self, request: Request) -> Response:
         """GET /health: 503 until a request can be served."""
-        if (reason := self._fleet.why_not_serving) is not None:
-            raise Unavailable(f"Not serving: {reason}.")
+        self._answers.require_serving()
         return json_response({"status": "ok"})
 
     async def live(self, request: Request) -> Response:

@@ -102,7 +102,7 @@ class Choice:
         pieces: list[str] = []
         for position, event in enumerate(events):
             self.num_tokens += 1
-            if event.num_cached_tokens:
+            if event.index == 0:
                 self.num_cached_tokens = event.num_cached_tokens
             text = "" if self._is_hidden(event) else self._detokenizer.push(event.token_id)
             if event.finish_reason is not None:

@@ -79,6 +79,7 @@ class Router:
         admin = AdminDoor(
             router_id=spec.router_id,
             token=worker_token(secret),
+            answers=self.answers,
             fleet=self.fleet,
             book=self.book,
             admission=self.admission,
@@ -116,6 +117,7 @@ class Router:
 
     def close(self) -> None:
         """End every request and every session."""
+        self._on_serving = lambda why_not: None
         if self._settling is not None:
             self._settling.cancel()
         self.answers.shut_down()

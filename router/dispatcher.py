@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator
 from typing import Final
 
 from baton.clock import Clock
-from baton.errors import Overloaded, ServeError, Unavailable
+from baton.errors import Cancelled, Overloaded, ServeError, Unavailable
 from baton.request import TokenEvent, attempt_id
 from router.attempt import Attempt, Work
 from router.fleet import Fleet
@@ -61,6 +61,7 @@ class Generation:
         self._delivered: list[int] = []
         self._attempt: Attempt | None = None
         self._is_closed = False
+        self._cause: ServeError = Cancelled("The request was closed.")
 
     async def tokens(self) -> AsyncGenerator[list[TokenEvent], None]:
         """Tokens by index, as many at a time as have arrived; the last one carries the finish reason.
@@ -72,7 +73,7 @@ class Generation:
         avoid: set[WorkerKey] = set()
         fingerprint: str | None = None
         number = failures = 0
-        while not self._is_closed:
+        while True:
             placement = await self._place(avoid, fingerprint)
             number += 1
             self._attempt = attempt = Attempt(
@@ -118,13 +119,15 @@ class Generation:
         if self._is_closed:
             return
         self._is_closed = True
+        self._cause = cause or self._cause
+        self._dispatcher.fleet.changed.set()  # it may be waiting for a worker
         timeline, book = self.work.timeline, self._dispatcher.book
         timeline.finish_reason, timeline.error = finish_reason, error
         timeline.finished = self._dispatcher.clock.now()
         if self._attempt is None:
             book.add(timeline)
         else:
-            self._attempt.close(cause)
+            self._attempt.close(self._cause)
             book.expect(timeline, self._attempt.settle)
             self._attempt.when_settled(lambda: book.add(timeline))
 
@@ -133,11 +136,14 @@ class Generation:
 
         Raises:
             Unavailable: there are none.
+            ServeError: the request was closed, with that cause.
         """
         dispatcher, work, fleet = self._dispatcher, self.work, self._dispatcher.fleet
         tokens = work.token_ids + self._delivered
         patience = min(work.deadline, dispatcher.clock.now() + RECOVERY_S)
         while True:
+            if self._is_closed:
+                raise self._cause
             fleet.changed.clear()
             chain = fleet.prefix_chain(tokens, work.tenant, work.cache_salt)
             placement = place(

@@ -227,7 +227,10 @@ class WorkerLink:
                     group.create_task(self._watch())
                     while (message := await call.read()) is not grpc.aio.EOF:
                         self._heard_at = self._clock.now()
-                        self._dispatch(message)
+                        try:
+                            self._dispatch(message)
+                        except ValueError as error:
+                            raise WorkerLost(f"it sent what it must not: {error}") from error
                     raise WorkerLost("it closed the session")
             except (grpc.aio.AioRpcError, ExceptionGroup) as error:
                 raise _worker_lost(error) from error

@@ -27,9 +27,11 @@ from router.answer import Spawn
 logger = logging.getLogger("router")
 
 _CLIENT_ID: Final = re.compile(r"[A-Za-z0-9._:/@+=~-]{1,128}")
+_BODY_S: Final = 60.0  # for a body to arrive
 _EXPLANATIONS: Final = {
     404: "There is no such path here.",
     405: "This path does not take that method.",
+    408: "The body did not arrive in time.",
     413: "The body is larger than this server accepts.",
     415: "Send JSON, with `content-type: application/json`.",
 }
@@ -99,7 +101,7 @@ async def read_json(request: Request, max_bytes: int) -> bytes:
     """The body of a JSON request.
 
     Raises:
-        HTTPException: 415, or 413 before more than `max_bytes` are read.
+        HTTPException: 415, 413 before more than `max_bytes` are read, or 408.
     """
     # Requiring the type keeps browsers from posting here on behalf of any page: such posts have another type.
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -109,10 +111,14 @@ async def read_json(request: Request, max_bytes: int) -> bytes:
     if announced.isdecimal() and int(announced) > max_bytes:
         raise HTTPException(413)
     body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > max_bytes:
-            raise HTTPException(413)
+    try:
+        async with asyncio.timeout(_BODY_S):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > max_bytes:
+                    raise HTTPException(413)
+    except TimeoutError:
+        raise HTTPException(408, headers={"connection": "close"}) from None
     return bytes(body)
 
 

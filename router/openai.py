@@ -76,7 +76,7 @@ class OpenAiDoor:
         if body.reasoning_effort is not None:
             variables.setdefault("reasoning_effort", body.reasoning_effort)
         text = self._render(body, variables)
-        prompt = await self._encoder.encode(text, add_special_tokens=False)
+        prompt = await self._encoder.encode(text, add_special_tokens=body.add_special_tokens)
         num_logprobs = body.top_logprobs if body.logprobs else None
         wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         max_tokens = self._answers.max_tokens(wanted, prompt)

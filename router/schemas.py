@@ -185,6 +185,7 @@ class ChatBody(GenerationBody):
     top_logprobs: int = Field(default=0, ge=0, le=_MAX_LOGPROBS)
     add_generation_prompt: bool = True
     continue_final_message: bool = False
+    add_special_tokens: bool = Field(default=False, description="Besides those of the chat template.")
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     reasoning_effort: str | None = Field(default=None, max_length=64, description="Given to the chat template.")
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from baton.auth import worker_token
+from protos import worker_pb2 as pb
 from tests.contract.test_http import events, run
 from tests.support.fake_worker import SECRET, FakeCluster, FakeWorker, Script, Site, pair, site
 
@@ -242,10 +243,19 @@ async def post(here: Site, path: str, wish: dict[str, Any]) -> tuple[asyncio.Str
     return reader, writer
 
 
-async def leave(here: Site, path: str, wish: dict[str, Any], *, after: FakeWorker) -> None:
-    """Close the connection when `after` has done something."""
+async def leave(
+    here: Site,
+    path: str,
+    wish: dict[str, Any],
+    *,
+    after: FakeWorker,
+    then: Callable[[], Awaitable[None]] | None = None,
+) -> None:
+    """Close the connection when `after` has done something, and `then` has been awaited."""
     _, writer = await post(here, path, wish)
     await after.until(lambda: bool(after.tokens or after.started))
+    if then is not None:
+        await then()
     writer.close()
     await writer.wait_closed()
 
@@ -386,3 +396,35 @@ def test_moments_that_come_after_the_last_token_are_in_the_trace() -> None:
         assert trace["transfer_exposed_ms"] is not None
 
     run(lambda: pair(decode=Script(late_timeline=True)), scenario)
+
+
+def test_a_client_that_leaves_while_there_is_no_worker_is_not_waited_for() -> None:
+    async def scenario(here: Site) -> None:
+        (worker,) = here.cluster.workers.values()
+        await leave(here, "/v1/completions", WISH, after=worker, then=worker.die)
+        await asyncio.wait_for(here.router.admission.idle(), 5)
+        async with asyncio.timeout(5):
+            while not here.router.book.latest():
+                await here.http.get("/live")
+        assert here.router.book.latest()[0]["finish_reason"] == "abort"
+
+    def make() -> FakeCluster:
+        cluster = FakeCluster()
+        cluster.add("mixed-0", "mixed", script=Script(gate_at=2))
+        return cluster
+
+    run(make, scenario)
+
+
+def test_a_worker_that_sends_nonsense_is_lost_and_the_router_is_not() -> None:
+    async def scenario(here: Site) -> None:
+        stream = asyncio.create_task(streamed(here))
+        d0 = here.cluster.workers["d0"]
+        await d0.until(lambda: len(d0.tokens) == 2)
+        link = here.router.fleet.links["d0"]
+        token = pb.Token(attempt_id=d0.tokens[0], index=3, token_id=1, finish_reason="because")
+        d0._sessions["router-0"].send(step=pb.StepEvents(tokens=[token]))
+        assert await stream == (EXPECTED, "length")
+        assert "must not" in link.why_lost
+
+    run(two_pairs(d0=Script(gate_at=3)), scenario)

@@ -299,6 +299,20 @@ def show(rows: list[Row]) -> None:
         )
 
 
+def show_ratios(rows: list[Row]) -> None:
+    """What digests cost and what coalescing gains, each as a median over interleaved rounds."""
+    for row in rows:
+        if row.arm in ("tcp", "shm"):
+            parts = [
+                f"{1 - row.of_rival[rival]:.0%} of speed for digests"
+                for rival in (f"{row.arm} no digest",)
+                if rival in row.of_rival
+            ]
+            if row.arm == "tcp" and "per block" in row.of_rival:
+                parts.append(f"{row.of_rival['per block']:.1f} times as fast as a frame per block")
+            print(f"{row.num_tokens} tokens, block {row.block_size}, {row.table}, {row.arm}: {', '.join(parts)}")
+
+
 def missed(rows: list[Row]) -> list[str]:
     """Targets that the figures do not reach."""
     problems = []
@@ -341,6 +355,7 @@ def main() -> None:
         finally:
             receiver.close()
     show(rows)
+    show_ratios(rows)
     if arguments.json:
         with open(arguments.json, "w") as file:
             json.dump([asdict(row) for row in rows], file, indent=1)

@@ -222,6 +222,7 @@ class EndpointConfig:
     """Private directory for the Unix socket; "" turns shared memory off."""
     transports: tuple[str, ...] = ("shm", "tcp")
     credit_bytes: int = 32 * 2**20
+    """Receiver: most bytes of one transfer that one source rank may have under way."""
     lease_s: float = 10.0
     """Without progress or a heartbeat from the peer for so long, a transfer fails."""
     max_control_bytes: int = 8 * 2**20

@@ -66,8 +66,6 @@ class Link:
         self._low_water_bytes = 0
         self.is_blocked = False
         """The socket took no more: wait until it is writable."""
-        self.bytes_out = 0
-        self.bytes_in = 0
 
     def fileno(self) -> int:
         """For selectors."""
@@ -134,7 +132,6 @@ class Link:
                 return False
             except OSError as error:
                 raise LinkClosed(_why(error)) from error
-            self.bytes_out += sent
             budget -= sent
             _drop(self._writing, sent)
         return True
@@ -176,7 +173,6 @@ class Link:
                 raise LinkClosed(_why(error)) from error
             if not count:
                 raise LinkClosed("the peer closed the connection")
-            self.bytes_in += count
             self._budget -= count
             self._reader.filled(count)
         self._wait_for(min(self._reader.payload_left, _LOW_WATER_BYTES))

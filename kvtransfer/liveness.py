@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Final
 
 from kvtransfer.api import TransferId
 from kvtransfer.auth import LinkKey
+from kvtransfer.messages import MAX_NAMED_TRANSFERS
 
 _PINGS_PER_LEASE: Final = 5
 
@@ -82,9 +84,9 @@ class LeaseTable:
                 link.transfers[transfer_id] = now
 
     def watched(self, key: LinkKey) -> tuple[TransferId, ...]:
-        """The transfers that are watched on the link."""
+        """The transfers that are watched on the link, as many as one heartbeat may name."""
         link = self._links.get(key)
-        return () if link is None else tuple(link.transfers)
+        return () if link is None else _named(link)
 
     def due(self, now: float) -> Due:
         """Pings to send, links to close and transfers to fail at `now`."""
@@ -97,6 +99,10 @@ class LeaseTable:
                 continue
             if link.is_up and now - link.pinged_s >= self.interval_s:
                 link.pinged_s = now
-                due.pings.append((key, tuple(link.transfers)))
+                due.pings.append((key, _named(link)))
             due.lapsed += [(key, item) for item, named_s in link.transfers.items() if now - named_s > self._lease_s]
         return due
+
+
+def _named(link: _Watched) -> tuple[TransferId, ...]:
+    return tuple(itertools.islice(link.transfers, MAX_NAMED_TRANSFERS))

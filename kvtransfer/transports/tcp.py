@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import functools
+import pathlib
 import socket
 from typing import Final
 
@@ -59,8 +61,18 @@ def tune(sock: socket.socket, lease_s: float) -> None:
 
 
 def _size_buffers(sock: socket.socket) -> None:
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER_BYTES)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER_BYTES)
+    """Large buffers where the kernel grants them; a smaller fixed size would be worse than its own tuning."""
+    for option, limit in ((socket.SO_SNDBUF, "wmem_max"), (socket.SO_RCVBUF, "rmem_max")):
+        if _kernel_limit(limit) >= _BUFFER_BYTES:
+            sock.setsockopt(socket.SOL_SOCKET, option, _BUFFER_BYTES)
+
+
+@functools.cache
+def _kernel_limit(name: str) -> int:
+    try:
+        return int(pathlib.Path("/proc/sys/net/core", name).read_text())
+    except OSError:
+        return 0
 
 
 def _resolve(host: str, port: int) -> tuple[socket.AddressFamily, tuple[str, int]]:

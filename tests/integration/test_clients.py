@@ -82,11 +82,9 @@ def sse(text: str) -> list[Any]:
 
 
 @pytest.mark.parametrize("question", QUESTIONS)
-def test_a_plain_post_gets_the_exact_answer(system: System, question: str) -> None:
+def test_the_readmes_curl_gets_the_exact_answer(system: System, question: str) -> None:
     with system.client() as http:
-        answer = http.post(
-            "/v1/chat/completions", json={"model": MODEL, "messages": chat(question), "temperature": 0}
-        ).json()
+        answer = http.post("/v1/chat/completions", json={"model": MODEL, "messages": chat(question)}).json()
     (choice,) = answer["choices"]
     assert choice["message"] == {"role": "assistant", "content": ANSWERS[question], "refusal": None}
     assert (choice["index"], choice["finish_reason"], choice["logprobs"]) == (0, "stop", None)

@@ -16,10 +16,11 @@ from baton.errors import ServeError, Unauthorized, WorkerLost
 from protos import worker_pb2 as pb
 from router.admission import Admission
 from router.answer import Answers
-from router.fleet import Fleet, WorkerLink
+from router.fleet import Fleet
 from router.http import json_response
 from router.metrics import CONTENT_TYPE, Metrics
 from router.timeline import TimelineBook
+from router.worker_link import WorkerLink
 
 _STATUS_S: Final = 2.0
 _SCRAPE_S: Final = 0.5  # a worker that takes longer is missing from that scrape

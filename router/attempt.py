@@ -23,11 +23,13 @@ from baton.errors import (
     WorkerLost,
     from_code,
 )
-from baton.request import AttemptId, FinishReason, RequestId, SamplingParams, TokenEvent, TokenLogprobs
+from baton.request import AttemptId, RequestId, SamplingParams, TokenEvent
 from protos import worker_pb2 as pb
-from router.fleet import Fleet, WorkerLink
+from router.codec import event_from_proto, sampling_to_proto
+from router.fleet import Fleet
 from router.placement import Placement, WorkerKey, another_decode
 from router.timeline import Timeline
+from router.worker_link import WorkerLink
 
 LATE_S: Final = 1.0  # how long workers may still send the moments of an attempt that is over
 _REDIRECT_BACKOFF_S: Final = (0.02, 0.5)
@@ -194,7 +196,7 @@ class Attempt:
             self.blamed = {link.key}
             self._fail(Unavailable(f"Worker {link.worker_id} skipped token {expected}."))
             return
-        event = _event(token)
+        event = event_from_proto(token)
         if link is self._start:
             self._from_start += 1
             if self._from_start == 1:
@@ -275,7 +277,7 @@ class Attempt:
             attempt_id=self.id,
             token_ids=self._token_ids,
             num_prompt_tokens=len(work.token_ids),
-            sampling=_sampling(work.sampling),
+            sampling=sampling_to_proto(work.sampling),
             tenant=work.tenant,
             cache_salt=work.cache_salt,
             priority=work.priority,
@@ -353,42 +355,6 @@ class Attempt:
 
     def _call_later(self, delay_s: float, callback: Callable[[], None]) -> None:
         self._timers.append(asyncio.get_running_loop().call_later(max(0.0, delay_s), callback))
-
-
-def _event(token: pb.Token) -> TokenEvent:
-    logprobs = None
-    if token.HasField("logprobs"):
-        wire = token.logprobs
-        top = tuple(zip(wire.top_token_ids, wire.top_logprobs, strict=True))
-        logprobs = TokenLogprobs(wire.logprob, wire.rank, top)
-    return TokenEvent(
-        AttemptId(token.attempt_id),
-        token.index,
-        token.token_id,
-        logprobs,
-        FinishReason(token.finish_reason) if token.finish_reason else None,
-        token.num_cached_tokens,
-    )
-
-
-def _sampling(sampling: SamplingParams) -> pb.Sampling:
-    return pb.Sampling(
-        max_tokens=sampling.max_tokens,
-        min_tokens=sampling.min_tokens,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        min_p=sampling.min_p,
-        presence_penalty=sampling.presence_penalty,
-        frequency_penalty=sampling.frequency_penalty,
-        repetition_penalty=sampling.repetition_penalty,
-        seed=sampling.seed,
-        sample_index=sampling.sample_index,
-        stop_token_ids=sampling.stop_token_ids,
-        ignore_eos=sampling.ignore_eos,
-        logit_bias=dict(sampling.logit_bias),
-        num_logprobs=sampling.num_logprobs,
-    )
 
 
 def _peer(link: WorkerLink) -> pb.DecodePeer:

@@ -16,9 +16,10 @@ from baton.errors import Cancelled, LayoutMismatch, Overloaded, ServeError, Tran
 from baton.request import AttemptId, RequestId, SamplingParams
 from protos import worker_pb2 as pb
 from router.attempt import Attempt, Work
-from router.fleet import Fleet, WorkerLink
+from router.fleet import Fleet
 from router.placement import Placement, WorkerKey
 from router.timeline import Timeline
+from router.worker_link import WorkerLink
 
 ID = AttemptId("r/1")
 COUNT = 6

@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from baton.errors import LayoutMismatch
@@ -53,7 +53,7 @@ def cuts(first: int, end: int, step: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise(edges))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(transfers(), st.integers(1, 5))
 def test_every_destination_byte_is_written_exactly_once_from_its_naive_place(
     case: tuple[ModelKV, KVGeometry, KVGeometry, int, int, list[int], list[int]], units_per_frame: int
@@ -127,6 +127,7 @@ def test_a_partial_last_unit_touches_no_byte_beyond_the_last_token() -> None:
     assert runs == [(2 * block + i * 16 * row, 2 * block + i * 16 * row + 5 * row) for i in range(4)]
 
 
+@settings(deadline=None)
 @given(st.integers(0, 20), st.integers(1, 300), st.integers(1, 100_000))
 def test_frames_end_within_their_bytes_and_between_groups_where_they_can(
     first_unit: int, num_tokens: int, max_bytes: int

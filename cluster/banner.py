@@ -67,6 +67,7 @@ class UnitFacts:
     pids: Mapping[str, int] | None = None
     incarnation: str | None = None
     restarts: int = 0
+    had_failure: bool = False
 
 
 def banner(

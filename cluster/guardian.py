@@ -62,7 +62,7 @@ class _Guardian:
     def _supervise(self, request: dict[str, Any]) -> int:
         env = {**child.environment(os.environ), run_dir.RUN_ID_ENV: self._run.run_id}
         self._supervisor = subprocess.Popen(
-            child.command(signal.SIGTERM, "baton-serve", "cluster.supervisor"),
+            child.command(signal.SIGTERM, "baton-serve", "cluster.serve"),
             stdin=subprocess.PIPE,
             env=env,
             start_new_session=True,  # Ctrl-C reaches only us: one sender of signals, one order of stopping

@@ -16,7 +16,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeVar, cast
 
 from cluster import child, process_tree, run_dir
 from cluster.host import LogLine, Report
@@ -144,7 +144,9 @@ class RayUnit:
                 async with asyncio.TaskGroup() as group:
                     for actor in self._actors:
                         group.create_task(_stop_actor(actor, grace_s))
-        await self._thread.call(self._remove)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_STOP_CALL_S):
+                await self._thread.call(self._remove)
         for listener in self._listeners:
             listener.cancel()
         if self._listeners:
@@ -177,8 +179,9 @@ class RayUnit:
         try:
             async for item in stream:
                 self._state.on_event(await item)
-        except Exception as error:  # an actor's death, or what its `run` raised
-            self._state.lose(f"the Ray actor of {names} died ({type(error).__name__})")
+        except _ray_errors() as error:
+            cause = getattr(error, "cause", None)  # what `run` raised; an actor that died has none
+            self._state.lose(f"{names} could not be started: {cause}" if cause else f"the Ray actor of {names} died")
 
     def _remove(self) -> None:
         import ray
@@ -190,10 +193,14 @@ class RayUnit:
             remove_placement_group(self._group)
 
 
-async def _stop_actor(actor: Any, grace_s: float) -> None:
+def _ray_errors() -> type[Exception]:
     from ray.exceptions import RayError
 
-    with contextlib.suppress(RayError):  # it is dead: so are its processes
+    return cast(type[Exception], RayError)
+
+
+async def _stop_actor(actor: Any, grace_s: float) -> None:
+    with contextlib.suppress(_ray_errors()):  # it is dead: so are its processes
         await actor.stop.remote(grace_s)
 
 
@@ -251,6 +258,7 @@ def _prepare_environment(run: RunDir) -> None:
         RAY_AUTH_TOKEN_PATH=str(token),
         RAY_DISABLE_FAILURE_SIGNAL_HANDLER="1",  # it would take SIGTERM from us
         RAY_USAGE_STATS_ENABLED="0",
+        RAY_ENABLE_UV_RUN_RUNTIME_ENV="0",  # under `uv run` it would ship the working directory to every worker
         RAY_worker_niceness="0",  # 15 by default: starved by any ordinary process
         RAY_ROTATION_MAX_BYTES=str(16 * 2**20),
         RAY_ROTATION_BACKUP_COUNT="1",

@@ -1,59 +1,34 @@
-"""The process that starts a server's routers and workers, keeps them running, and ends them in order.
+"""Starts a server's routers and workers, keeps them running, and ends them in order.
 
-`python -m cluster.supervisor`, started by cluster.guardian, which writes one JSON line to its stdin: where the
-configuration comes from and the run directory. It does not know how a unit is started (cluster.unit.Launcher).
+It knows neither what a process is told (cluster.topology.Orders) nor how one is started (cluster.unit.Launcher).
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import secrets
 import shutil
 import signal
-import socket
-import sys
 import time
-import traceback
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 
-import yaml
-
-from baton import auth
-from baton.config import Config, ConfigError, load_config
+from baton.config import Config
 from cluster import guardian, process_tree, topology
 from cluster.banner import StartUp, UnitFacts, banner
-from cluster.console import Console, choose_style
+from cluster.console import Console
 from cluster.host import LogLine, Report
-from cluster.launcher_local import LocalLauncher
-from cluster.launcher_ray import RayLauncher
 from cluster.restart import RestartPolicy
 from cluster.run_dir import RunDir
-from cluster.topology import ROUTER, ModelChoice, Modules, WorkerPlan
+from cluster.topology import ROUTER, ModelChoice, Orders, WorkerPlan
 from cluster.unit import Launcher, StartFailed, Unit
 
-MODULES_ENV: Final = "BATON_MODULES"
-"""For tests: "router=tests.support.stub_process,prefill=..." replaces what is run."""
 _BROKEN_GRACE_S: Final = 0.5
 """For the rest of a unit that lost a process: it can do nothing useful any more."""
 _ORPHAN_S: Final = 1.0
 """An orphan needs a moment to die, and a child's own watcher a moment to notice."""
 _CAN_DECODE: Final = ("decode", "mixed")
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What the guardian asks for."""
-
-    config_file: str | None
-    settings: dict[str, Any]
-    log_format: str | None
-    run: RunDir
-    began: float
 
 
 class Supervisor:
@@ -64,23 +39,22 @@ class Supervisor:
         config: Config,
         model: ModelChoice,
         workers: Sequence[WorkerPlan],
+        orders: Orders,
         launcher: Launcher,
-        local: LocalLauncher,
+        local: Launcher,
         console: Console,
         run: RunDir,
-        secret: bytes,
-        modules: Modules,
         start_up: StartUp,
     ) -> None:
+        """`local` starts the router, which belongs on this machine; `launcher` starts the workers."""
         self._config = config
         self._model = model
         self._workers = {plan.worker_id: plan for plan in workers}
+        self._orders = orders
         self._launcher = launcher
         self._local = local
         self._console = console
         self._run = run
-        self._secret = secret
-        self._modules = modules
         self._start_up = start_up
         self._guardian_pid = os.getppid()
         self._stop = asyncio.Event()
@@ -93,7 +67,6 @@ class Supervisor:
         self._ports = (config.router.port, config.router.grpc_port)
         self._fleet: dict[str, str] = {}
         self._facts = {name: UnitFacts() for name in self._ready}
-        self._given_up: set[str] = set()
 
     async def run(self) -> None:
         """Serve until a signal says stop; then end routers first, workers after them.
@@ -112,7 +85,8 @@ class Supervisor:
                 for tasks in (helpers, [router], [*workers, opening]):
                     await _cancel(tasks)
         except* StartFailed as failures:
-            raise StartFailed(str(failures.exceptions[0])) from None
+            if not self._stop.is_set():
+                raise StartFailed(str(failures.exceptions[0])) from None
         finally:
             await self._launcher.close()
 
@@ -173,7 +147,7 @@ class Supervisor:
         while True:
             how, uptime_s = await self._run_once(name, start)
             self._has_lost_unit.set()
-            self._run.write_state(had_failure=True)
+            self._facts[name].had_failure = True
             delay_s = policy.after_failure(time.monotonic(), uptime_s)
             if delay_s is None:
                 self._give_up(name, how)
@@ -192,7 +166,8 @@ class Supervisor:
         limit_s = self._config.cluster.startup_timeout_s
         begin_s = self._start_up.elapsed_s
         try:
-            unit = await start(name)
+            async with asyncio.timeout(limit_s):
+                unit = await start(name)
             try:
                 async with asyncio.timeout(limit_s):
                     reports = await asyncio.shield(unit.state.ready)
@@ -214,10 +189,11 @@ class Supervisor:
         return str(failure), 0.0
 
     def _give_up(self, name: str, how: str) -> None:
-        self._given_up.add(name)
-        able = [plan for plan in self._workers.values() if plan.role in _CAN_DECODE]
+        self._facts[name].state = "given up"
+        self._write_state()
+        able = [plan.worker_id for plan in self._workers.values() if plan.role in _CAN_DECODE]
         verdict = f"{name} failed five times within a minute and is not started again; the last time: {how}"
-        if name == ROUTER or all(plan.worker_id in self._given_up for plan in able):
+        if name == ROUTER or all(self._facts[worker_id].state == "given up" for worker_id in able):
             raise StartFailed(verdict)
         self._console.say(verdict, "error", unit=name)
 
@@ -229,9 +205,7 @@ class Supervisor:
                 for plan in self._workers.values()
             ],
         }
-        order = topology.router_order(
-            self._config, self._model, self._secret, self._modules, ports=self._ports, status=status
-        )
+        order = self._orders.router(self._ports, status)
         self._router = await self._local.start_unit(order, self._on_router_report, self._on_log)
         self._tell_fleet()
         return self._router
@@ -239,9 +213,7 @@ class Supervisor:
     async def _start_worker(self, name: str) -> Unit:
         await self._is_open.wait()
         start = topology.worker_start(self._run, name, secrets.token_hex(8))
-        order = topology.worker_order(
-            self._config, self._workers[name], start, self._model, self._secret, self._modules
-        )
+        order = self._orders.worker(self._workers[name], start)
         return await self._launcher.start_unit(order, lambda report: None, self._on_log)
 
     def _on_up(self, name: str, unit: Unit, reports: dict[str, dict[str, Any]]) -> None:
@@ -284,14 +256,14 @@ class Supervisor:
         self._console.child_line(unit if unit == line.process else f"{unit} {line.process}", line.text)
 
     def _write_state(self) -> None:
+        """For other commands. A full disk, say, must not end the server."""
         router = (self._facts[ROUTER].reports or {}).get(ROUTER, {})
-        self._run.write_state(
-            http_url=router.get("http_url"),
-            grpc_url=router.get("grpc_url"),
-            token=auth.worker_token(self._secret),
-            model=self._model.name,
-            ready=self._start_up.is_finished,
-            units={
+        fields = {
+            "http_url": router.get("http_url"),
+            "grpc_url": router.get("grpc_url"),
+            "ready": self._start_up.is_finished,
+            "had_failure": any(facts.had_failure for facts in self._facts.values()),
+            "units": {
                 name: {
                     "state": facts.state,
                     "pids": facts.pids,
@@ -300,7 +272,11 @@ class Supervisor:
                 }
                 for name, facts in self._facts.items()
             },
-        )
+        }
+        try:
+            self._run.write_state(**fields)
+        except OSError as error:
+            self._console.say(f"can not write the state file: {error}", "warning")
 
 
 async def _cancel(tasks: Sequence[asyncio.Task[None]]) -> None:
@@ -317,112 +293,3 @@ def _ports_of(report: dict[str, Any], before: tuple[int, int]) -> tuple[int, int
         return int(tail) if tail.isdigit() else default
 
     return port(report.get("http_url"), before[0]), port(report.get("grpc_url"), before[1])
-
-
-def check_ports(config: Config) -> None:
-    """Fail early if a front door's port is taken.
-
-    Raises:
-        StartFailed: names the port and the flag that chooses another.
-    """
-    router = config.router
-    for flag, port in (("--port", router.port), ("--grpc-port", router.grpc_port)):
-        family = socket.AF_INET6 if ":" in router.host else socket.AF_INET
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((router.host, port))
-            except OSError as error:
-                raise StartFailed(
-                    f"can not listen on {router.host}:{port} ({error.strerror}); choose another with {flag}"
-                ) from error
-
-
-def _modules() -> Modules:
-    chosen = dict(item.split("=", 1) for item in os.environ.get(MODULES_ENV, "").split(",") if item)
-    return Modules(**chosen)
-
-
-def _build(request: Request, console: Console) -> Supervisor:
-    start_up = StartUp(request.began)
-    config = _load_config(request)
-    check_ports(config)
-    secret = _take_secret(config)
-    model = topology.resolve_model(config, lambda hub_id: console.say(f"downloading {hub_id}"))
-    workers = topology.plan_workers(config, sorted(os.sched_getaffinity(0)))
-    local = LocalLauncher(request.run.logs)
-    launcher: Launcher = local
-    if config.cluster.launcher == "ray":
-        num_cpus = sum(plan.tp_size for plan in workers) * config.engine.threads_per_rank
-        launcher = RayLauncher(request.run, config.cluster.address, num_cpus)
-    start_up.add("configuration", 0.0)
-    return Supervisor(config, model, workers, launcher, local, console, request.run, secret, _modules(), start_up)
-
-
-def _load_config(request: Request) -> Config:
-    try:
-        return load_config(request.config_file, request.settings)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set: {' '.join(str(error).split())}") from error
-
-
-def _take_secret(config: Config) -> bytes:
-    try:
-        secret = auth.load_secret(config.cluster.secret_file)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cluster.secret_file: {error}") from error
-    os.environ.pop(auth.SECRET_ENV, None)  # children are told through their stdin
-    return secret
-
-
-async def _serve(request: Request, console: Console) -> None:
-    await _build(request, console).run()
-
-
-def _take_terminal(request: Request) -> Console:
-    """The terminal is for the console; what libraries print goes to a log file."""
-    console = Console(choose_style(request.log_format, sys.stderr), os.fdopen(os.dup(2), "w"), sys.stderr)
-    log = os.open(request.run.logs / "supervisor.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    os.close(log)
-    return console
-
-
-def _read_request() -> Request:
-    asked = json.loads(sys.stdin.buffer.readline())
-    return Request(
-        asked["config_file"], asked["settings"], asked["log_format"], RunDir(Path(asked["run_dir"])), asked["began"]
-    )
-
-
-def main() -> int:
-    """Serve; the exit status."""
-    guardian_pid = os.getppid()
-    process_tree.adopt_orphans()
-    request = _read_request()
-    me = process_tree.identify(os.getpid())
-    assert me is not None
-    request.run.write_state(supervisor=[me.pid, me.start_ticks])
-    console = _take_terminal(request)
-    status = 0
-    try:
-        asyncio.run(_serve(request, console))
-    except ConfigError as error:
-        console.complain(str(error))
-        status = guardian.EXIT_USAGE
-    except StartFailed as error:
-        console.complain(str(error))
-        status = guardian.EXIT_FAILED
-    except Exception as error:
-        traceback.print_exc()
-        console.complain(f"a bug ended the supervisor ({type(error).__name__}: {error}); its log has the traceback")
-        status = guardian.EXIT_FAILED
-    if os.getppid() != guardian_pid:
-        guardian.clean_up_instead(request.run)
-    return status
-
-
-if __name__ == "__main__":
-    # No exit handlers: Ray's would try to shut its cluster down, which the guardian does faster and for certain.
-    os._exit(main())

@@ -127,102 +127,92 @@ def _download(hub_id: str) -> str:
         raise ConfigError(f"model.path: {hub_id}: no such directory, and the hub download failed: {reason}") from error
 
 
-def worker_order(
-    config: Config, plan: WorkerPlan, start: Start, model: ModelChoice, secret: bytes, modules: Modules
-) -> UnitOrder:
-    """Everything that starts one incarnation of a worker: one place per rank, the front beside rank 0."""
-    ranks = [_rank(config, plan, rank, start, model, secret, modules) for rank in range(plan.tp_size)]
-    front = ProcessOrder(
-        name=FRONT,
-        command=(modules.worker(plan.role), "front"),
-        spec=specs.to_json(
-            specs.FrontSpec(
-                worker_id=plan.worker_id,
-                incarnation=start.incarnation,
-                role=plan.role,
-                tp_size=plan.tp_size,
-                worker_dir=str(start.worker_dir),
-                secret=specs.encode_secret(secret),
-                log_level=config.log_level,
-            )
-        ),
-        log_file=f"{plan.worker_id}-front.log",
-    )
-    cpus = float(config.engine.threads_per_rank)
-    places = [Place((ranks[0], front), cpus), *(Place((rank,), cpus) for rank in ranks[1:])]
-    return UnitOrder(plan.worker_id, tuple(places), "ready", str(start.worker_dir))
+class Orders:
+    """What every process of one server is told, under whatever launcher."""
 
+    def __init__(self, config: Config, model: ModelChoice, secret: bytes, modules: Modules) -> None:
+        self._config = config
+        self._model = model
+        self._secret = specs.encode_secret(secret)
+        self._modules = modules
 
-def _rank(
-    config: Config, plan: WorkerPlan, tp_rank: int, start: Start, model: ModelChoice, secret: bytes, modules: Modules
-) -> ProcessOrder:
-    engine = config.engine
-    spec = specs.RankSpec(
-        worker_id=plan.worker_id,
-        incarnation=start.incarnation,
-        role=plan.role,
-        tp_rank=tp_rank,
-        tp_size=plan.tp_size,
-        worker_dir=str(start.worker_dir),
-        secret=specs.encode_secret(secret),
-        model=specs.ModelSpec(
-            kind=engine.kind,
-            path=model.path,
-            dtype=config.model.dtype,
-            max_model_len=config.model.max_model_len,
-            load_format=config.model.load_format,
-            sim=config.sim.model_dump() if engine.kind == "sim" else {},
-        ),
-        block_size=engine.block_size,
-        kv_cache_bytes=engine.kv_cache_bytes,
-        max_num_seqs=engine.max_num_seqs,
-        max_num_batched_tokens=engine.max_num_batched_tokens,
-        enable_prefix_caching=engine.enable_prefix_caching,
-        threads=engine.threads_per_rank,
-        cores=plan.cores[tp_rank],
-        transports=config.transfer.transports,
-        credit_bytes=config.transfer.credit_bytes,
-        lease_s=config.transfer.lease_s,
-        log_level=config.log_level,
-    )
-    name = f"rank {tp_rank}"
-    log_file = f"{plan.worker_id}-rank{tp_rank}.log"
-    return ProcessOrder(
-        name, (modules.worker(plan.role), "rank"), specs.to_json(spec), log_file, engine.threads_per_rank
-    )
+    def worker(self, plan: WorkerPlan, start: Start) -> UnitOrder:
+        """One incarnation of a worker: one place per rank, the front beside rank 0."""
+        ranks = [self._rank(plan, tp_rank, start) for tp_rank in range(plan.tp_size)]
+        cpus = float(self._config.engine.threads_per_rank)
+        places = [Place((ranks[0], self._front(plan, start)), cpus), *(Place((rank,), cpus) for rank in ranks[1:])]
+        return UnitOrder(plan.worker_id, tuple(places), "ready", str(start.worker_dir))
 
+    def router(self, ports: tuple[int, int], status: dict[str, Any]) -> UnitOrder:
+        """The router on these (HTTP, gRPC) ports; `status` is what it tells about the server."""
+        router = self._config.router
+        spec = specs.RouterSpec(
+            router_id=f"{ROUTER}-0",
+            secret=self._secret,
+            model_dir=self._model.path,
+            served_model_name=self._model.name,
+            host=router.host,
+            port=ports[0],
+            grpc_port=ports[1],
+            api_key_file=None if router.api_key_file is None else str(Path(router.api_key_file).expanduser().resolve()),
+            max_concurrent_requests=router.max_concurrent_requests,
+            max_body_bytes=router.max_body_bytes,
+            request_timeout_s=router.request_timeout_s,
+            max_attempts=router.max_attempts,
+            local_prefill_max_tokens=router.local_prefill_max_tokens,
+            trace_capacity=router.trace_capacity,
+            status=status,
+            log_level=self._config.log_level,
+        )
+        process = ProcessOrder(ROUTER, (self._modules.router,), specs.to_json(spec), "router.log")
+        return UnitOrder(ROUTER, (Place((process,)),), "listening")
 
-def router_order(
-    config: Config,
-    model: ModelChoice,
-    secret: bytes,
-    modules: Modules,
-    *,
-    ports: tuple[int, int],
-    status: dict[str, Any],
-) -> UnitOrder:
-    """The router, on these (HTTP, gRPC) ports."""
-    router = config.router
-    spec = specs.RouterSpec(
-        router_id=f"{ROUTER}-0",
-        secret=specs.encode_secret(secret),
-        model_dir=model.path,
-        served_model_name=model.name,
-        host=router.host,
-        port=ports[0],
-        grpc_port=ports[1],
-        api_key_file=None if router.api_key_file is None else str(Path(router.api_key_file).expanduser().resolve()),
-        max_concurrent_requests=router.max_concurrent_requests,
-        max_body_bytes=router.max_body_bytes,
-        request_timeout_s=router.request_timeout_s,
-        max_attempts=router.max_attempts,
-        local_prefill_max_tokens=router.local_prefill_max_tokens,
-        trace_capacity=router.trace_capacity,
-        status=status,
-        log_level=config.log_level,
-    )
-    process = ProcessOrder(ROUTER, (modules.router,), specs.to_json(spec), "router.log")
-    return UnitOrder(ROUTER, (Place((process,)),), "listening")
+    def _front(self, plan: WorkerPlan, start: Start) -> ProcessOrder:
+        spec = specs.FrontSpec(
+            worker_id=plan.worker_id,
+            incarnation=start.incarnation,
+            role=plan.role,
+            tp_size=plan.tp_size,
+            worker_dir=str(start.worker_dir),
+            secret=self._secret,
+            log_level=self._config.log_level,
+        )
+        command = (self._modules.worker(plan.role), "front")
+        return ProcessOrder(FRONT, command, specs.to_json(spec), f"{plan.worker_id}-front.log")
+
+    def _rank(self, plan: WorkerPlan, tp_rank: int, start: Start) -> ProcessOrder:
+        config, engine = self._config, self._config.engine
+        spec = specs.RankSpec(
+            worker_id=plan.worker_id,
+            incarnation=start.incarnation,
+            role=plan.role,
+            tp_rank=tp_rank,
+            tp_size=plan.tp_size,
+            worker_dir=str(start.worker_dir),
+            secret=self._secret,
+            model=specs.ModelSpec(
+                kind=engine.kind,
+                path=self._model.path,
+                dtype=config.model.dtype,
+                max_model_len=config.model.max_model_len,
+                load_format=config.model.load_format,
+                sim=config.sim.model_dump() if engine.kind == "sim" else {},
+            ),
+            block_size=engine.block_size,
+            kv_cache_bytes=engine.kv_cache_bytes,
+            max_num_seqs=engine.max_num_seqs,
+            max_num_batched_tokens=engine.max_num_batched_tokens,
+            enable_prefix_caching=engine.enable_prefix_caching,
+            threads=engine.threads_per_rank,
+            cores=plan.cores[tp_rank],
+            transports=config.transfer.transports,
+            credit_bytes=config.transfer.credit_bytes,
+            lease_s=config.transfer.lease_s,
+            log_level=config.log_level,
+        )
+        command = (self._modules.worker(plan.role), "rank")
+        log_file = f"{plan.worker_id}-rank{tp_rank}.log"
+        return ProcessOrder(f"rank {tp_rank}", command, specs.to_json(spec), log_file, engine.threads_per_rank)
 
 
 def worker_start(run: RunDir, worker_id: str, incarnation: str) -> Start:

@@ -11,7 +11,7 @@ from baton.config import ConfigError, load_config
 from baton.specs import FrontSpec, RankSpec, RouterSpec, from_json
 from cluster import topology
 from cluster.run_dir import RunDir
-from cluster.topology import ModelChoice, Modules
+from cluster.topology import ModelChoice, Modules, Orders
 
 _MODEL = ModelChoice("/models/tiny", "tiny")
 _SECRET = b"0123456789abcdef"
@@ -66,7 +66,7 @@ def test_an_order_has_a_place_per_rank_and_the_front_beside_rank_0(tmp_path: Pat
     )
     worker = topology.plan_workers(config, range(4))[1]
     start = topology.worker_start(RunDir(tmp_path), "decode-0", "abcdef0123456789")
-    order = topology.worker_order(config, worker, start, _MODEL, _SECRET, Modules())
+    order = Orders(config, _MODEL, _SECRET, Modules()).worker(worker, start)
     assert [[process.name for process in place.processes] for place in order.places] == [
         ["rank 0", "front"],
         ["rank 1"],
@@ -92,7 +92,7 @@ def test_the_simulated_engine_is_told_its_cost_model(tmp_path: Path) -> None:
     config = load_config(settings={"engine.kind": "sim", "sim.vocab_size": 99})
     worker = topology.plan_workers(config, [])[0]
     start = topology.worker_start(RunDir(tmp_path), "prefill-0", "00")
-    order = topology.worker_order(config, worker, start, topology.resolve_model(config), _SECRET, Modules())
+    order = Orders(config, topology.resolve_model(config), _SECRET, Modules()).worker(worker, start)
     rank = from_json(RankSpec, order.places[0].processes[0].spec)
     assert (rank.model.kind, rank.model.path, rank.model.sim["vocab_size"]) == ("sim", "", 99)
 
@@ -102,7 +102,7 @@ def test_the_router_is_told_all_that_the_configuration_says(tmp_path: Path) -> N
     config = load_config(
         settings={"router.host": "0.0.0.0", "router.api_key_file": str(keys), "router.max_body_bytes": 5000}
     )
-    order = topology.router_order(config, _MODEL, _SECRET, Modules(), ports=(1, 2), status={"a": 1})
+    order = Orders(config, _MODEL, _SECRET, Modules()).router((1, 2), {"a": 1})
     spec = from_json(RouterSpec, order.processes[0].spec)
     assert (spec.host, spec.port, spec.grpc_port, spec.max_body_bytes) == ("0.0.0.0", 1, 2, 5000)
     assert (spec.api_key_file, spec.model_dir, spec.served_model_name) == (str(keys), "/models/tiny", "tiny")

@@ -1,0 +1,156 @@
+"""The supervisor's process: it reads what the guardian wants, checks what can be checked early, and supervises.
+
+`python -m cluster.serve`, started by cluster.guardian, which writes one JSON line to its stdin: where the configuration
+comes from and the run directory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+import sys
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+
+from baton import auth
+from baton.config import Config, ConfigError, load_config
+from cluster import guardian, process_tree, topology
+from cluster.banner import StartUp
+from cluster.console import Console, choose_style
+from cluster.launcher_local import LocalLauncher
+from cluster.launcher_ray import RayLauncher
+from cluster.run_dir import RunDir
+from cluster.supervisor import Supervisor
+from cluster.topology import Modules, Orders
+from cluster.unit import Launcher, StartFailed
+
+MODULES_ENV: Final = "BATON_MODULES"
+"""For tests: "router=tests.support.stub_process,prefill=..." replaces what is run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What the guardian asks for."""
+
+    config_file: str | None
+    settings: dict[str, Any]
+    log_format: str | None
+    run: RunDir
+    began: float
+
+
+def check_ports(config: Config) -> None:
+    """Fail early if a front door's port is taken.
+
+    Raises:
+        StartFailed: names the port and the flag that chooses another.
+    """
+    router = config.router
+    for flag, port in (("--port", router.port), ("--grpc-port", router.grpc_port)):
+        family = socket.AF_INET6 if ":" in router.host else socket.AF_INET
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((router.host, port))
+            except OSError as error:
+                raise StartFailed(
+                    f"can not listen on {router.host}:{port} ({error.strerror}); choose another with {flag}"
+                ) from error
+
+
+def _modules() -> Modules:
+    chosen = dict(item.split("=", 1) for item in os.environ.get(MODULES_ENV, "").split(",") if item)
+    return Modules(**chosen)
+
+
+def _build(request: Request, console: Console) -> Supervisor:
+    start_up = StartUp(request.began)
+    config = _load_config(request)
+    check_ports(config)
+    secret = _take_secret(config)
+    model = topology.resolve_model(config, lambda hub_id: console.say(f"downloading {hub_id}"))
+    workers = topology.plan_workers(config, sorted(os.sched_getaffinity(0)))
+    local = LocalLauncher(request.run.logs)
+    launcher: Launcher = local
+    if config.cluster.launcher == "ray":
+        num_cpus = sum(plan.tp_size for plan in workers) * config.engine.threads_per_rank
+        launcher = RayLauncher(request.run, config.cluster.address, num_cpus)
+    start_up.add("configuration", 0.0)
+    request.run.write_state(token=auth.worker_token(secret), model=model.name)
+    orders = Orders(config, model, secret, _modules())
+    return Supervisor(config, model, workers, orders, launcher, local, console, request.run, start_up)
+
+
+def _load_config(request: Request) -> Config:
+    try:
+        return load_config(request.config_file, request.settings)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set: {' '.join(str(error).split())}") from error
+
+
+def _take_secret(config: Config) -> bytes:
+    try:
+        secret = auth.load_secret(config.cluster.secret_file)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cluster.secret_file: {error}") from error
+    os.environ.pop(auth.SECRET_ENV, None)  # children are told through their stdin
+    return secret
+
+
+async def _serve(request: Request, console: Console) -> None:
+    await _build(request, console).run()
+
+
+def _take_terminal(request: Request) -> Console:
+    """The terminal is for the console; what libraries print goes to a log file."""
+    console = Console(choose_style(request.log_format, sys.stderr), os.fdopen(os.dup(2), "w"), sys.stderr)
+    log = os.open(request.run.logs / "supervisor.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
+    return console
+
+
+def _read_request() -> Request:
+    asked = json.loads(sys.stdin.buffer.readline())
+    return Request(
+        asked["config_file"], asked["settings"], asked["log_format"], RunDir(Path(asked["run_dir"])), asked["began"]
+    )
+
+
+def main() -> int:
+    """Serve; the exit status."""
+    guardian_pid = os.getppid()
+    process_tree.adopt_orphans()
+    request = _read_request()
+    me = process_tree.identify(os.getpid())
+    assert me is not None
+    request.run.write_state(supervisor=[me.pid, me.start_ticks])
+    console = _take_terminal(request)
+    status = 0
+    try:
+        asyncio.run(_serve(request, console))
+    except ConfigError as error:
+        console.complain(str(error))
+        status = guardian.EXIT_USAGE
+    except StartFailed as error:
+        console.complain(str(error))
+        status = guardian.EXIT_FAILED
+    except Exception as error:
+        traceback.print_exc()
+        console.complain(f"a bug ended the supervisor ({type(error).__name__}: {error}); its log has the traceback")
+        status = guardian.EXIT_FAILED
+    if os.getppid() != guardian_pid:
+        guardian.clean_up_instead(request.run)
+    return status
+
+
+if __name__ == "__main__":
+    # No exit handlers: Ray's would try to shut its cluster down, which the guardian does faster and for certain.
+    os._exit(main())

@@ -33,7 +33,8 @@ from kvtransfer.api import (
 )
 from kvtransfer.connection import HANDSHAKE_S
 from kvtransfer.endpoint import Endpoint
-from kvtransfer.messages import Data
+from kvtransfer.messages import Data, Reserve
+from kvtransfer.pool import data_digest
 from tests.support.transfer import (
     MODEL,
     SECRET,
@@ -50,6 +51,7 @@ from tests.support.transfer import (
     pattern,
     write_all,
 )
+from tests.support.transfer_script import ScriptedSender
 
 BIG_MODEL = ModelKV((LayerSpec(8, 128),) * 4, "float32", "big")
 """128 KiB per unit and layer, so that a transfer exceeds every socket buffer."""
@@ -749,6 +751,77 @@ def test_garbage_is_disconnected_and_hurts_nobody(garbage: bytes) -> None:
         transfer(source, destination)
     finally:
         source.close()
+        destination.close()
+
+
+@pytest.fixture
+def half_sent() -> Iterator[tuple[Worker, ScriptedSender, TransferId, bytes]]:
+    """A receiver in the middle of a payload: half of a frame's bytes have landed, the other half is still to come."""
+    destination = make_worker("d")
+    sender = ScriptedSender(destination, destination.leader.layout)
+    transfer_id = new_transfer_id()
+    sender.say(Reserve(transfer_id, 64, b""))
+    destination.leader.expect(ReserveRequested)
+    destination.leader.endpoint.grant(transfer_id, [0, 1, 2, 3], 64, 0)
+    payload = os.urandom(4 * 2048)
+    frame = Data(transfer_id, 0, 0, 0, 1, 0, 4, bytes(16), b"")
+    frame = frame._replace(digest=data_digest(sender.session.context, frame, [memoryview(payload)]))
+    sender.sock.sendall(sender.frame(frame, len(payload)) + payload[:4096])
+    destination.leader.wait_for(lambda: destination.leader.layer_bytes(0)[1].any())
+    try:
+        yield destination, sender, transfer_id, payload
+    finally:
+        sender.close()
+        destination.close()
+
+
+def test_a_frame_that_comes_in_two_halves_is_verified_whole(
+    half_sent: tuple[Worker, ScriptedSender, TransferId, bytes],
+) -> None:
+    destination, sender, _, payload = half_sent
+    sender.sock.sendall(payload[4096:])
+    destination.leader.wait_for(lambda: destination.leader.endpoint.stats().frames_verified == 1)
+    assert bytes(destination.leader.buffer[:8192]) == payload
+
+
+def test_the_rest_of_a_payload_lands_nowhere_after_quiesced(
+    half_sent: tuple[Worker, ScriptedSender, TransferId, bytes],
+) -> None:
+    destination, sender, transfer_id, payload = half_sent
+    destination.leader.endpoint.abort(transfer_id, "enough")
+    destination.leader.expect(Quiesced)
+    np.frombuffer(destination.leader.buffer, np.uint8)[:] = 0xA5
+    sender.sock.sendall(payload[4096:])
+    again = new_transfer_id()
+    sender.say(Reserve(again, 64, b""))
+    destination.leader.expect(ReserveRequested, again)
+    assert (np.frombuffer(destination.leader.buffer, np.uint8) == 0xA5).all()
+    assert destination.leader.endpoint.stats().stale_frames_dropped == 1
+
+
+def test_half_a_frame_and_the_end_of_the_connection_fail_the_transfer(
+    half_sent: tuple[Worker, ScriptedSender, TransferId, bytes],
+) -> None:
+    destination, sender, transfer_id, _ = half_sent
+    sender.close()
+    assert "lost" in destination.leader.expect(Failed, transfer_id).reason
+
+
+def test_a_wrong_payload_length_fails_the_transfer_before_a_byte_lands_and_the_link_stays() -> None:
+    destination = make_worker("d")
+    sender = ScriptedSender(destination, destination.leader.layout)
+    try:
+        transfer_id, again = new_transfer_id(), new_transfer_id()
+        sender.say(Reserve(transfer_id, 64, b""))
+        destination.leader.expect(ReserveRequested)
+        destination.leader.endpoint.grant(transfer_id, [0, 1, 2, 3], 64, 0)
+        frame = Data(transfer_id, 0, 0, 0, 1, 0, 4, bytes(16), b"")
+        sender.sock.sendall(sender.frame(frame, 5000) + b"x" * 5000 + sender.frame(Reserve(again, 64, b"")))
+        assert "a payload of 5000 bytes" in destination.leader.expect(Failed, transfer_id).reason
+        destination.leader.expect(ReserveRequested, again)
+        assert not np.frombuffer(destination.leader.buffer, np.uint8).any()
+    finally:
+        sender.close()
         destination.close()
 
 

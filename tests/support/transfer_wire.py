@@ -157,6 +157,8 @@ class Wire:
                 pass
 
     def _link(self, rank: WireRank, key: LinkKey) -> WireLink | None:
+        if key[:2] not in (("p", "1"), ("d", "1")):
+            return None
         pair = (rank.key.tp_rank, key.tp_rank) if rank.key.worker_id == "p" else (key.tp_rank, rank.key.tp_rank)
         return self.links.get(pair)
 

@@ -114,7 +114,8 @@ def test_abort_in_every_state_quiesces_twice_and_leaves_nothing_open(stage: str,
     assert kinds(rank, ID).count("Quiesced") == 2
     assert kinds(rank, ID).count("Failed") == 0
     wire.drain()
-    if stage == "finished" and side == "source":
+    if stage == "finished" and side == "source":  # the receiver is whole and needs nobody (X2)
+        assert "Failed" not in kinds(wire.destinations[0], ID)
         receive_side(wire).complete(wire.now, ID)
         wire.act()
     assert send_side(wire).num_open == receive_side(wire).num_open == 0
@@ -140,6 +141,7 @@ def test_without_a_word_from_the_peer_every_state_ends_within_the_lease(stage: s
     run_to(wire, stage)
     for _ in range(12):
         wire.advance(LEASE_S / 10)  # nothing is delivered
+    assert wire.links == {}, "the silent link is closed"
     assert "Failed" in kinds(wire.sources[0], ID)
     assert "Failed" in kinds(wire.destinations[0], ID)
     assert send_side(wire).num_open == receive_side(wire).num_open == 0
@@ -156,6 +158,52 @@ def test_heartbeats_keep_a_granted_transfer_alive_while_the_prompt_is_computed()
         wire.written(ID, layer, 40)
     wire.drain()
     assert "Received" in kinds(wire.destinations[0], ID)
+
+
+def test_a_follower_that_was_granted_first_lives_on_heartbeats_as_well() -> None:
+    wire = make_wire(1, 2)
+    wire.grant_rank(1, ID, TABLE, 40, 0)
+    run_to(wire, "requested")
+    wire.grant_rank(0, ID, TABLE, 40, 0)
+    for _ in range(30):
+        wire.drain()
+        wire.advance(LEASE_S / 10)
+    assert receive_side(wire, 1).num_open == 1
+
+
+def test_the_loss_of_a_source_rank_that_has_not_announced_itself_fails_the_transfer() -> None:
+    wire = make_wire(2, 1)
+    wire.open_send(ID, 40, TABLE)
+    wire._to_receiver(wire.links[0, 0])
+    wire.act()
+    wire.grant_rank(0, ID, TABLE, 40, 0)
+    wire.links[1, 0].to_receiver.clear()
+    wire.cut(wire.links[1, 0])
+    assert "Failed" in kinds(wire.destinations[0], ID)
+    assert receive_side(wire)._leases.watched(wire.sources[0].key) == ()
+
+
+def test_a_transfer_that_ended_is_watched_on_no_link() -> None:
+    wire = make_wire(2, 1)
+    wire.open_send(ID, 40, TABLE)
+    wire._to_receiver(wire.links[0, 0])
+    wire.act()
+    wire.grant_rank(0, ID, TABLE, 40, 0)
+    wire.abort(wire.destinations[0], ID)
+    assert [receive_side(wire)._leases.watched(rank.key) for rank in wire.sources] == [(), ()]
+
+
+def test_a_sender_without_credit_waits() -> None:
+    wire = make_wire(window_bytes=1)
+    run_to(wire, "granted", num_tokens=128)
+    for layer in range(3):
+        wire.written(ID, layer, 128)
+    link = wire.links[0, 0]
+    for _ in range(20):
+        wire._pull(link)
+    window_bytes = 2 * 512
+    assert sum(len(flying.payload) for flying in link.to_receiver) == window_bytes
+    assert not send_side(wire).has_data(wire.destinations[0].key)
 
 
 def test_a_peer_that_lives_but_has_forgotten_the_transfer_loses_the_lease() -> None:
@@ -294,6 +342,17 @@ def test_more_bytes_than_credited_fail_the_transfer() -> None:
     assert "more bytes than credited" in failed.reason
 
 
+def test_frames_that_have_not_landed_count_towards_the_credit() -> None:
+    wire = make_wire(window_bytes=1)
+    run_to(wire, "granted", num_tokens=128)
+    side, peer = receive_side(wire), wire.sources[0].key
+    frames = [GOOD._replace(first_unit=unit, num_units=1) for unit in range(3)]
+    assert [side.begin_data(wire.now, peer, frame, 512) is not None for frame in frames] == [True, True, False]
+    wire.act()
+    (failed,) = [event for event in wire.destinations[0].events if isinstance(event, Failed)]
+    assert "more bytes than credited" in failed.reason
+
+
 def test_data_before_the_permission_fails_the_transfer() -> None:
     wire = make_wire()
     run_to(wire, "requested")
@@ -386,6 +445,24 @@ def test_another_worker_can_not_join_or_end_a_transfer() -> None:
     assert "Failed" not in kinds(wire.destinations[0], ID)
 
 
+def test_another_worker_can_not_take_the_place_of_a_rank_that_has_not_announced_itself() -> None:
+    wire = make_wire(2, 1)
+    wire.open_send(ID, 40, TABLE)
+    wire._to_receiver(wire.links[0, 0])
+    wire.act()
+    side = receive_side(wire)
+    stranger = wire.sources[1].key._replace(worker_id="mallory")
+    side.link_up(wire.now, stranger, side._links[wire.sources[1].key])
+    side.on_message(wire.now, stranger, Announce(ID, 40))
+    wire.act()
+    wire.grant_rank(0, ID, TABLE, 40, 0)
+    wire.drain()
+    for layer in range(3):
+        wire.written(ID, layer, 40)
+    wire.drain()
+    assert "Received" in kinds(wire.destinations[0], ID)
+
+
 # A late reader on shared memory.
 
 
@@ -414,6 +491,21 @@ def test_a_mismatch_alone_is_an_integrity_failure_on_both_sides() -> None:
         (failed,) = [event for event in rank.events if isinstance(event, Failed)]
         assert failed.integrity
     assert receive_side(wire).num_integrity_failures == 1
+
+
+def test_a_mismatch_on_a_link_that_never_drains_is_judged_at_the_next_tick() -> None:
+    wire = make_wire(window_bytes=10**6, is_fetched=True)
+    run_to(wire, "granted")
+    for layer in range(2):
+        wire.written(ID, layer, 40)
+        wire._pull(wire.links[0, 0])
+    fill(wire)
+    wire._to_receiver(wire.links[0, 0])
+    wire.act()
+    assert "Failed" not in kinds(wire.destinations[0], ID)
+    wire.advance(0.1)
+    (failed,) = [event for event in wire.destinations[0].events if isinstance(event, Failed)]
+    assert failed.integrity
 
 
 # Remembering what ended.

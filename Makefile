@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PROTO_VENV := .venv-protos
 PIP := -q --disable-pip-version-check
 
-.PHONY: setup serve fmt check check-protos test protos lines clean
+.PHONY: setup serve fmt check check-protos test protos lines bench-engine clean
 
 serve: $(VENV)/.runtime            ## create the environment, install, serve the demo model (ARGS="..." goes to `baton serve`)
 	@exec $(BIN)/baton serve $(ARGS)
@@ -37,6 +37,9 @@ check-protos: $(PROTO_VENV)/.done
 
 lines: ## sizes per file, largest first
 	@git ls-files '*.py' | grep -v _pb2 | xargs wc -l | sort -rn | head -60
+
+bench-engine: $(VENV)/.dev         ## the engine beside vLLM CPU and llama.cpp, where their Pythons are given (ARGS="--help")
+	@$(BIN)/python -m bench.engine $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(PROTO_VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

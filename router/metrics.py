@@ -148,6 +148,7 @@ class Metrics:
             ("baton_worker_up", "1 per connected worker.", [1 for _ in views]),
             ("baton_worker_waiting_tokens", "Prompt tokens still to compute.", [v.num_waiting_tokens for v in views]),
             ("baton_worker_capacity_blocks", "KV blocks in all.", [view.num_blocks for view in views]),
+            ("baton_worker_free_blocks", "KV blocks free or evictable.", [view.num_free_blocks for view in views]),
         ):
             samples = [([v.key.worker_id, v.role], value) for v, value in zip(views, values, strict=True)]
             yield _gauges(name, help_text, ["worker_id", "role"], samples)

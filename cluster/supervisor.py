@@ -120,7 +120,6 @@ class Supervisor:
             why = f"{missing} not ready" if missing else f"the router does not serve: {self._why_not_serving}"
             raise StartFailed(f"not ready after {limit_s:g} s (cluster.startup_timeout_s): {why}") from None
         self._start_up.finish()
-        self._write_state()
         workers, logs = list(self._workers.values()), str(self._run.logs)
         self._console.greet(
             banner(self._config, self._model, workers, self._facts, self._start_up, logs),
@@ -130,6 +129,7 @@ class Supervisor:
             router=(self._facts[ROUTER].reports or {}).get(ROUTER),
             logs=logs,
         )
+        self._write_state()
 
     async def _reap_orphans(self) -> None:
         """Orphans of a lost unit are ours (a dead actor's ranks): wait for those that no other part waits for."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,11 +23,12 @@ _MODULES = f"router={_STUB},prefill={_STUB},decode={_STUB}"
 
 
 class StubServer:
-    """A server under test. On leaving, whatever is left of it is ended."""
+    """A server under test. On leaving, whatever is left of it is ended and deleted."""
 
     def __init__(
         self, *flags: str, launcher: str = "local", stub: dict[str, str] | None = None, runtime_dir: Path | None = None
     ) -> None:
+        self._is_owner = runtime_dir is None
         self.runtime_dir = runtime_dir or Path(tempfile.mkdtemp(prefix="bl-", dir="/tmp"))
         self.audit = MachineAudit(self.runtime_dir)
         self.work_dir = Path(tempfile.mkdtemp(prefix="bw-", dir="/tmp"))
@@ -59,6 +61,9 @@ class StubServer:
         self.process.wait(5)
         if error is not None:
             error.add_note(f"the server's stderr: {self.stderr}")
+        shutil.rmtree(self.work_dir)
+        if self._is_owner:
+            shutil.rmtree(self.runtime_dir)
 
     @property
     def stderr(self) -> str:

@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PROTO_VENV := .venv-protos
 PIP := -q --disable-pip-version-check
 
-.PHONY: setup serve fmt check check-protos test protos lines bench-engine clean
+.PHONY: setup serve fmt check check-protos test protos lines bench-engine bench-transfer clean
 
 serve: $(VENV)/.runtime            ## create the environment, install, serve the demo model (ARGS="..." goes to `baton serve`)
 	@exec $(BIN)/baton serve $(ARGS)
@@ -34,6 +34,9 @@ check-protos: $(PROTO_VENV)/.done
 	for file in protos/*_pb2*; do \
 	  cmp -s "$$file" "$$out/$$file" || { echo "$$file is not what its .proto generates: run make protos"; exit 1; }; \
 	done
+
+bench-transfer: $(VENV)/.dev       ## KV transfer beside a bare copy and a bare TCP loop; status 1 where a target is missed
+	@$(BIN)/python -m bench.transfer --check $(ARGS)
 
 lines: ## sizes per file, largest first
 	@git ls-files '*.py' | grep -v _pb2 | xargs wc -l | sort -rn | head -60

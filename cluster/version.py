@@ -9,7 +9,7 @@ from typing import Final
 
 from baton import __version__
 
-_USED: Final = ("torch", "ray", "grpcio", "pyzmq", "fastapi", "uvicorn", "tokenizers")
+_USED: Final = ("torch", "ray", "grpcio", "pyzmq", "starlette", "uvicorn", "tokenizers")
 
 
 def run() -> int:

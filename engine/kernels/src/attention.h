@@ -6,7 +6,8 @@
 // leave the softmax in the order that the second product wants. Online softmax: Milakov and Gimelshein 2018
 // (arXiv:1805.02867); blocked as in FlashAttention (Dao et al. 2022, arXiv:2205.14135).
 #pragma once
-#include <memory>
+#include <algorithm>
+#include <vector>
 
 #include "base.h"
 #include "linear.h"
@@ -15,7 +16,10 @@ namespace baton {
 
 constexpr float kMasked = -1e30f;  // finite: a row of nothing but masked scores must not become NaN
 constexpr int kMaxHeadDim = 256;
-constexpr int kMaxColumns = 512;  // of one work item
+constexpr int kMaxColumns = 512;    // of one work item
+constexpr int kDecodeKeys = 128;    // decode: per step of the online softmax
+constexpr int kDecodeQueries = 64;  // decode: of one work item, all its KV heads together
+constexpr int kWideQueryTiles = 12;
 
 // One layer's pool and the shape of its attention. `q` is [num_tokens][q_stride], head h at h * dim, rotated.
 template <class T>
@@ -194,7 +198,6 @@ inline void attend_tiles(const AttentionLayer<bf16>& layer, const SequencePart& 
   const int dim = layer.dim, group = layer.group(), columns = c_end - c_begin, bs = layer.block_size;
   const int padded = int(round_up(columns, 32)), k_tiles = dim / 32;
   const float to_log2 = layer.scale * kLog2E;
-  configure_tiles(kTileRows);
   pack_queries(layer, seq, kv_head, c_begin, columns, s.queries);
   if (columns <= padded - 16) {
     std::memset(s.queries + size_t(padded / 16 - 1) * k_tiles * kTileBytes, 0, size_t(k_tiles) * kTileBytes);
@@ -332,176 +335,265 @@ inline void attend_tiles(const AttentionLayer<bf16>& layer, const SequencePart& 
   }
 }
 
-// ---- AMX, one token: the keys and values of a head pass once --------------------------------------------------------
-// out[g][32 dims * kDims] += p[g][keys] V, in registers. probs: [kGroup][kKeys] bf16. Lanes of `acc` are in the order
-// that unpacking leaves: vector 0 has dims 0-3 8-11 16-19 24-27, vector 1 the others.
+// ---- AMX, one token: keys and values pass once, in the order in which they lie ---------------------------------------
+// out[g][32 dims * kDims] += p[g][16 keys] V for the sixteen keys of which `v` is the first, in registers. Lanes of the
+// sums are in the order that unpacking leaves: vector 0 has dims 0-3 8-11 16-19 24-27, vector 1 the others.
 template <int kGroup, int kDims>
-BATON_INLINE void add_values(const AttentionLayer<bf16>& layer, const SequencePart& seq, int kv_head, int key, int n,
-                             int end, const uint16_t* probs, int probs_stride, float* out, int out_stride, int d) {
-  const int dim = layer.dim, bs = layer.block_size;
+BATON_INLINE void add_values(const bf16* v, int dim, int here, const uint16_t* probs, int probs_stride, float* out,
+                             const char* next) {
   f32x16 acc[kGroup][kDims * 2];
   for (int g = 0; g < kGroup; g++) {
-    for (int i = 0; i < kDims * 2; i++) acc[g][i] = load16(out + g * out_stride + d + i * 16);
+    for (int i = 0; i < kDims * 2; i++) acc[g][i] = load16(out + g * dim + i * 16);
   }
-  for (int j = 0; j < n; j += 16) {
-    const int at = key + j;
-    const bf16* v = layer.half(seq.blocks[at / bs], 1, kv_head) + at % bs * dim + d;
-    const int here = end - at < 16 ? end - at : 16;
-    for (int t = 0; t < here; t += 2, v += 2 * dim) {
-      __m512 p[kGroup];
+  for (int t = 0; t < here; t += 2, v += 2 * dim, next += 4 * dim) {
+    __m512 p[kGroup];
+    for (int g = 0; g < kGroup; g++) p[g] = (__m512)_mm512_set1_epi32(load_as<int32_t>(probs + g * probs_stride + t));
+    for (int i = 0; i < kDims; i++) {
+      prefetch_l1(next + i * 64);
+      prefetch_l1(next + i * 64 + 2 * dim);
+      const __m512i a = load_as<__m512i>(v + i * 32);
+      const __m512i b = t + 1 < here ? load_as<__m512i>(v + dim + i * 32) : _mm512_setzero_si512();
+      const __m512bh low = (__m512bh)_mm512_unpacklo_epi16(a, b), high = (__m512bh)_mm512_unpackhi_epi16(a, b);
       for (int g = 0; g < kGroup; g++) {
-        p[g] = (__m512)_mm512_set1_epi32(load_as<int32_t>(probs + g * probs_stride + j + t));
-      }
-      for (int i = 0; i < kDims; i++) {
-        const __m512i a = load_as<__m512i>(v + i * 32);
-        const __m512i b = t + 1 < here ? load_as<__m512i>(v + dim + i * 32) : _mm512_setzero_si512();
-        const __m512bh low = (__m512bh)_mm512_unpacklo_epi16(a, b), high = (__m512bh)_mm512_unpackhi_epi16(a, b);
-        for (int g = 0; g < kGroup; g++) {
-          acc[g][2 * i] = (f32x16)_mm512_dpbf16_ps((__m512)acc[g][2 * i], (__m512bh)p[g], low);
-          acc[g][2 * i + 1] = (f32x16)_mm512_dpbf16_ps((__m512)acc[g][2 * i + 1], (__m512bh)p[g], high);
-        }
+        acc[g][2 * i] = (f32x16)_mm512_dpbf16_ps((__m512)acc[g][2 * i], (__m512bh)p[g], low);
+        acc[g][2 * i + 1] = (f32x16)_mm512_dpbf16_ps((__m512)acc[g][2 * i + 1], (__m512bh)p[g], high);
       }
     }
   }
   for (int g = 0; g < kGroup; g++) {
-    for (int i = 0; i < kDims * 2; i++) store16(out + g * out_stride + d + i * 16, acc[g][i]);
+    for (int i = 0; i < kDims * 2; i++) store16(out + g * dim + i * 16, acc[g][i]);
   }
 }
 
+// All dims of `kGroup` queries, at most 24 sums at a time.
 template <int kGroup>
-inline void add_all_values(const AttentionLayer<bf16>& layer, const SequencePart& seq, int kv_head, int key, int n,
-                           int end, const uint16_t* probs, int probs_stride, float* out) {
-  constexpr int kDims = kGroup <= 3 ? 4 : kGroup <= 6 ? 2 : 1;  // at most 24 accumulators
-  const int dim = layer.dim;
+BATON_INLINE void add_tile(const bf16* v, int dim, int here, const uint16_t* probs, int probs_stride, float* out,
+                           const char* next) {
+  constexpr int kDims = kGroup <= 3 ? 4 : kGroup <= 6 ? 2 : 1;
   int d = 0;
   for (; d + 32 * kDims <= dim; d += 32 * kDims) {
-    add_values<kGroup, kDims>(layer, seq, kv_head, key, n, end, probs, probs_stride, out, dim, d);
+    add_values<kGroup, kDims>(v + d, dim, here, probs, probs_stride, out + d, next + 2 * d);
   }
-  for (; d + 64 <= dim; d += 64) {
-    add_values<kGroup, kGroup <= 6 ? 2 : 1>(layer, seq, kv_head, key, n, end, probs, probs_stride, out, dim, d);
-    if (kGroup > 6) add_values<kGroup, 1>(layer, seq, kv_head, key, n, end, probs, probs_stride, out, dim, d + 32);
+  if constexpr (kDims == 4) {
+    for (; d + 64 <= dim; d += 64) add_values<kGroup, 2>(v + d, dim, here, probs, probs_stride, out + d, next + 2 * d);
   }
-  for (; d < dim; d += 32) {
-    add_values<kGroup, 1>(layer, seq, kv_head, key, n, end, probs, probs_stride, out, dim, d);
+  for (; d < dim; d += 32) add_values<kGroup, 1>(v + d, dim, here, probs, probs_stride, out + d, next + 2 * d);
+}
+
+BATON_INLINE void add_group(int count, const bf16* v, int dim, int here, const uint16_t* probs, int probs_stride,
+                            float* out, const char* next) {
+  while (count > 0) {
+    int done = 1;
+    if (count >= 8) {
+      add_tile<8>(v, dim, here, probs, probs_stride, out, next), done = 8;
+    } else if (count >= 4) {
+      add_tile<4>(v, dim, here, probs, probs_stride, out, next), done = 4;
+    } else if (count == 3) {
+      add_tile<3>(v, dim, here, probs, probs_stride, out, next), done = 3;
+    } else if (count == 2) {
+      add_tile<2>(v, dim, here, probs, probs_stride, out, next), done = 2;
+    } else {
+      add_tile<1>(v, dim, here, probs, probs_stride, out, next);
+    }
+    count -= done;
+    probs += done * probs_stride;
+    out += done * dim;
   }
 }
 
-constexpr int kDecodeKeys = 128;  // per step: 16 KiB of values of 64 dims stay in L1 between the two products
+// The queries of one KV head and one token as B tiles of `step` columns: [dim / 32][16 pairs of dims][step][2].
+inline void pack_token_queries(const AttentionLayer<bf16>& layer, const SequencePart& seq, int head, int columns,
+                               int step, char* out) {
+  const __mmask16 used = __mmask16((1u << (step < 16 ? columns : 16)) - 1);
+  for (int d = 0; d < layer.dim; d += 32) {
+    __m512i rows[16];
+    for (int i = 0; i < 16; i++) {
+      rows[i] = i < columns ? load_as<__m512i>(layer.q + seq.row * layer.q_stride + (head + i) * layer.dim + d)
+                            : _mm512_setzero_si512();
+    }
+    transpose16(rows);
+    for (int i = 0; i < 16; i++, out += 4 * step) _mm512_mask_storeu_epi32(out, used, rows[i]);
+  }
+}
 
-inline void attend_token(const AttentionLayer<bf16>& layer, const SequencePart& seq, int kv_head, int g_begin,
+// One token of a sequence, KV heads [h_begin, h_end) and of each the `columns` queries from g_begin on (at most 16), at
+// most kDecodeQueries together. All heads advance together, because the heads of a block are neighbours in memory: read
+// one by one, each would end a run of pages, and the memory would wait for the core at the start of every one.
+inline void attend_token(const AttentionLayer<bf16>& layer, const SequencePart& seq, int h_begin, int h_end, int g_begin,
                          int columns, AttentionScratch& s) {
   const int dim = layer.dim, group = layer.group(), bs = layer.block_size, k_tiles = dim / 32;
-  const int end = seq.end(), head = kv_head * group + g_begin;
+  const int end = seq.end(), num_heads = h_end - h_begin, num_queries = num_heads * columns;
   const float to_log2 = layer.scale * kLog2E;
-  pack_queries(layer, seq, kv_head, g_begin, columns, s.queries);
-  float* out = s.out;
-  float highest[16], total[16];
-  for (int g = 0; g < columns; g++) highest[g] = kMasked, total[g] = 0;
-  std::memset(out, 0, size_t(columns) * dim * sizeof(float));
-  float* rows = (float*)s.keys;           // [columns][kDecodeKeys]
-  uint16_t* probs = (uint16_t*)s.probs;   // the same, bf16
+  // Tiles of queries and of scores: rows of 4 * width bytes. Narrow ones only where wide ones would not leave L1 to the
+  // keys: they load more slowly.
+  const bool is_narrow = num_heads * k_tiles > kWideQueryTiles;
+  const int width = is_narrow ? columns : 16;
+  const int step = !is_narrow ? 16 : columns <= 1 ? 1 : columns <= 2 ? 2 : columns <= 4 ? 4 : columns <= 8 ? 8 : 16;
+  const size_t tile_bytes = size_t(kTileRows) * 4 * step, query_bytes = k_tiles * tile_bytes;  // of one head
+  const int64_t to_values = int64_t(layer.num_kv_heads) * bs * dim;
+  for (int h = 0; h < num_heads; h++) {
+    pack_token_queries(layer, seq, (h_begin + h) * group + g_begin, columns, step, s.queries + h * query_bytes);
+  }
+  TileConfig config;
+  for (int i = 0; i < 8; i++) {
+    config.row_bytes[i] = uint16_t(i == 4 || i == 5 ? 64 : 4 * width);
+    config.rows[i] = kTileRows;
+  }
+  _tile_loadconfig(&config);
+  float* out = s.out;  // [query][dim], query = head * columns + g
+  float highest[kDecodeQueries], total[kDecodeQueries];
+  for (int q = 0; q < num_queries; q++) highest[q] = kMasked, total[q] = 0;
+  std::memset(out, 0, size_t(num_queries) * dim * sizeof(float));
+  float* rows = (float*)s.keys;          // [query][kDecodeKeys]
+  uint16_t* probs = (uint16_t*)s.probs;  // the same, bf16
+  struct Tile {
+    const bf16* keys;  // sixteen keys of one head
+    int head, at;      // of the item's heads; position of the first key within the step
+  };
+  Tile tiles[kDecodeQueries * kDecodeKeys / 16 + 2];
   const i32x16 lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   const int first = layer.window && end > layer.window ? end - layer.window : 0;
-  const int line_step = 64 / int(sizeof(bf16));
   for (int key = first / 16 * 16; key < end; key += kDecodeKeys) {
     const int n = end - key < kDecodeKeys ? end - key : kDecodeKeys, n16 = int(round_up(n, 16));
-    for (int j = 0; j < n16; j += 16) {
-      const int at = key + j;
-      const bf16* k = layer.half(seq.blocks[at / bs], 0, kv_head) + at % bs * dim;
-      // The values of these keys are read next, and the keys of the tile after the next one soon.
-      const bf16* v = k + int64_t(layer.num_kv_heads) * bs * dim;
-      for (int i = 0; i < 16 * dim; i += line_step) prefetch_l1(v + i);
-      if (at + 32 < end) {
-        const bf16* next = layer.half(seq.blocks[(at + 32) / bs], 0, kv_head) + (at + 32) % bs * dim;
-        for (int i = 0; i < 16 * dim; i += line_step) prefetch_l1(next + i);
+    int num_tiles = 0;  // in the order of memory: block, head, token
+    for (int j = 0; j < n16;) {
+      const int in_block = bs - (key + j) % bs, run = n16 - j < in_block ? n16 - j : in_block;
+      const bf16* k = layer.half(seq.blocks[(key + j) / bs], 0, h_begin) + (key + j) % bs * dim;
+      for (int h = 0; h < num_heads; h++, k += int64_t(bs) * dim) {
+        for (int t = 0; t < run; t += 16) tiles[num_tiles++] = {k + t * dim, h, j + t};
       }
-      _tile_zero(0);
-      for (int t = 0; t < k_tiles; t++) {
-        _tile_loadd(4, k + t * 32, dim * 2);
-        _tile_loadd(6, s.queries + size_t(t) * kTileBytes, 64);
-        _tile_dpbf16ps(0, 4, 6);
-      }
-      _tile_stored(0, s.scores + j * 64, 64);
+      j += run;
     }
-    for (int g = 0; g < columns; g++) {
-      const float* column = (const float*)s.scores + g;
-      float* row = rows + g * kDecodeKeys;
+    tiles[num_tiles] = tiles[num_tiles + 1] = {tiles[0].keys + to_values, 0, 0};  // what is read after the last keys
+    for (int i = 0; i < num_tiles; i += 2) {  // two at once: one sum must wait for itself
+      const Tile &one = tiles[i], &two = tiles[i + 1 < num_tiles ? i + 1 : i];
+      const char* next[2];
+      for (int ahead = 0; ahead < 2; ahead++) {
+        next[ahead] = reinterpret_cast<const char*>(tiles[std::min(i + 2 + ahead, num_tiles + 1)].keys);
+      }
+      const char *query_one = s.queries + one.head * query_bytes, *query_two = s.queries + two.head * query_bytes;
+      _tile_zero(0);
+      _tile_zero(1);
+      for (int t = 0; t < k_tiles; t++) {
+        for (int line = 0; line < 16; line++) {
+          prefetch_l1(next[0] + (t * 16 + line) * 64);
+          prefetch_l1(next[1] + (t * 16 + line) * 64);
+        }
+        _tile_loadd(4, one.keys + t * 32, dim * 2);
+        _tile_loadd(6, query_one + t * tile_bytes, 4 * step);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(5, two.keys + t * 32, dim * 2);
+        _tile_loadd(7, query_two + t * tile_bytes, 4 * step);
+        _tile_dpbf16ps(1, 5, 7);
+      }
+      char* scores = s.scores + i % 8 * tile_bytes;  // not the same one soon: the stores take a while
+      _tile_stored(0, scores, 4 * step);
+      _tile_stored(1, scores + tile_bytes, 4 * step);
+      for (int g = 0; g < columns; g++) {
+        const float* column = (const float*)scores + g;
+        const __m512 x = _mm512_i32gather_ps((__m512i)(lanes * step), column, 4);
+        const __m512 y = _mm512_i32gather_ps((__m512i)(lanes * step), column + tile_bytes / 4, 4);
+        store16(rows + (one.head * columns + g) * kDecodeKeys + one.at, (f32x16)x);
+        store16(rows + (two.head * columns + g) * kDecodeKeys + two.at, (f32x16)y);
+      }
+    }
+    for (int q = 0; q < num_queries; q++) {
+      float* row = rows + q * kDecodeKeys;
       f32x16 high = splat(kMasked);
       for (int j = 0; j < n16; j += 16) {
-        f32x16 x = (f32x16)_mm512_i32gather_ps((__m512i)(lanes * 16), column + j * 16, 4);
         const i32x16 at = lanes + (key + j);
-        x = ((at < end) & (at >= first)) ? x : splat(kMasked);
+        const f32x16 x = ((at < end) & (at >= first)) ? load16(row + j) : splat(kMasked);
         store16(row + j, x);
         high = max(high, x);
       }
-      const float now = max_of(high), before = highest[g];
-      highest[g] = before > now ? before : now;
-      const float offset = -highest[g] * to_log2;
+      const float now = max_of(high), before = highest[q];
+      highest[q] = before > now ? before : now;
+      const float offset = -highest[q] * to_log2;
       f32x16 sum_here = {};
       for (int j = 0; j < n16; j += 16) {
         const f32x16 p = exp2<4>(load16(row + j) * to_log2 + offset);
         sum_here += p;
-        store_as(probs + g * kDecodeKeys + j, narrow(p));
+        store_as(probs + q * kDecodeKeys + j, narrow(p));
       }
-      const float correction = exp2(splat((before - highest[g]) * to_log2))[0];
-      total[g] = total[g] * correction + sum(sum_here);
+      const float correction = exp2(splat((before - highest[q]) * to_log2))[0];
+      total[q] = total[q] * correction + sum(sum_here);
       if (correction != 1.f) {
-        for (int d = 0; d < dim; d += 16) store16(out + g * dim + d, load16(out + g * dim + d) * correction);
+        for (int d = 0; d < dim; d += 16) store16(out + q * dim + d, load16(out + q * dim + d) * correction);
       }
     }
-    for (int g = 0; g < columns;) {
-      const int left = columns - g;
-      const uint16_t* p = probs + g * kDecodeKeys;
-      float* o = out + g * dim;
-#define BATON_ADD(count)                                                                \
-  {                                                                                     \
-    add_all_values<count>(layer, seq, kv_head, key, n16, end, p, kDecodeKeys, o);       \
-    g += count;                                                                         \
-  }
-      if (left >= 8) BATON_ADD(8)
-      else if (left >= 4) BATON_ADD(4)
-      else if (left == 3) BATON_ADD(3)
-      else if (left == 2) BATON_ADD(2)
-      else BATON_ADD(1)
-#undef BATON_ADD
+    for (int i = 0; i < num_tiles; i++) {
+      const Tile& tile = tiles[i];
+      const int q = tile.head * columns, here = n - tile.at < 16 ? n - tile.at : 16;
+      const bf16* next = tiles[i + 1 < num_tiles ? i + 1 : i].keys + to_values;
+      add_group(columns, tile.keys + to_values, dim, here, probs + q * kDecodeKeys + tile.at, kDecodeKeys,
+                out + q * dim, reinterpret_cast<const char*>(next));
     }
   }
   // Undo the order of unpacking within each run of 32 dims, divide and round.
   const __m512i low = _mm512_set_epi32(23, 22, 21, 20, 7, 6, 5, 4, 19, 18, 17, 16, 3, 2, 1, 0);
   const __m512i high = _mm512_set_epi32(31, 30, 29, 28, 15, 14, 13, 12, 27, 26, 25, 24, 11, 10, 9, 8);
-  for (int g = 0; g < columns; g++) {
-    const float inverse = 1.f / total[g];
+  for (int q = 0; q < num_queries; q++) {
+    const float inverse = 1.f / total[q];
+    const int head = (h_begin + q / columns) * group + g_begin + q % columns;
     for (int d = 0; d < dim; d += 32) {
-      const __m512 a = (__m512)(load16(out + g * dim + d) * inverse);
-      const __m512 b = (__m512)(load16(out + g * dim + d + 16) * inverse);
-      const int at = (head + g) * dim + d;
-      store16(layer.out.at<bf16>(seq.row, at), (f32x16)_mm512_permutex2var_ps(a, low, b));
-      store16(layer.out.at<bf16>(seq.row, at + 16), (f32x16)_mm512_permutex2var_ps(a, high, b));
+      const __m512 a = (__m512)(load16(out + q * dim + d) * inverse);
+      const __m512 b = (__m512)(load16(out + q * dim + d + 16) * inverse);
+      store16(layer.out.at<bf16>(seq.row, head * dim + d), (f32x16)_mm512_permutex2var_ps(a, low, b));
+      store16(layer.out.at<bf16>(seq.row, head * dim + d + 16), (f32x16)_mm512_permutex2var_ps(a, high, b));
     }
   }
 }
 #endif
 
-// Columns of a sequence's KV head, and how many of them one work item takes.
+// A share of one sequence's attention that one thread computes: columns [c_begin, c_end) of KV heads [h_begin, h_end).
+struct AttentionItem {
+  int32_t seq, h_begin, h_end, c_begin, c_end;
+};
+
+// Cut the sequences into items, at least `num_threads` where that is possible at no cost.
 template <class T>
-BATON_INLINE int columns_per_item(const AttentionLayer<T>& layer) {
-  return kMaxColumns / layer.group() * layer.group();
+inline void plan_attention(const AttentionLayer<T>& layer, const std::vector<SequencePart>& parts, int num_threads,
+                           std::vector<AttentionItem>& items) {
+  items.clear();
+  const int group = layer.group(), kv_heads = layer.num_kv_heads, per_item = kMaxColumns / group * group;
+  constexpr bool has_tiles = kHasTiles<T> && sizeof(T) == 2;
+  // Decodes: many heads at once, but not so many that a thread has nothing to do.
+  int heads = has_tiles ? kDecodeQueries / (group < 16 ? group : 16) : 1;
+  if (int(parts.size()) < 2 * num_threads && heads > ceil_div(kv_heads, num_threads)) {
+    heads = int(ceil_div(kv_heads, num_threads));
+  }
+  for (int s = 0; s < int(parts.size()); s++) {
+    const int columns = parts[s].num_new * group;
+    if (parts[s].num_new == 1) {
+      for (int h = 0; h < kv_heads; h += heads) items.push_back({s, h, std::min(h + heads, kv_heads), 0, group});
+      continue;
+    }
+    for (int h = 0; h < kv_heads; h++) {
+      // Later columns see more keys: they come first, so that threads end together.
+      for (int c = (columns - 1) / per_item * per_item; c >= 0; c -= per_item) {
+        items.push_back({s, h, h + 1, c, std::min(c + per_item, columns)});
+      }
+    }
+  }
 }
 
 template <class T>
-inline void attend(const AttentionLayer<T>& layer, const SequencePart& seq, int kv_head, int c_begin, int c_end,
+inline void attend(const AttentionLayer<T>& layer, const std::vector<SequencePart>& parts, const AttentionItem& item,
                    AttentionScratch& s) {
+  const SequencePart& seq = parts[item.seq];
 #if defined(__AMX_TILE__) && defined(__AVX512BF16__)
   if constexpr (sizeof(T) == 2) {
-    if (seq.num_new > 1) return attend_tiles(layer, seq, kv_head, c_begin, c_end, s);
-    configure_tiles(kTileRows);
-    for (int g = c_begin; g < c_end; g += 16) {
-      attend_token(layer, seq, kv_head, g, c_end - g < 16 ? c_end - g : 16, s);
+    if (seq.num_new > 1) {
+      configure_tiles(kTileRows);
+      return attend_tiles(layer, seq, item.h_begin, item.c_begin, item.c_end, s);
+    }
+    for (int g = item.c_begin; g < item.c_end; g += 16) {
+      attend_token(layer, seq, item.h_begin, item.h_end, g, item.c_end - g < 16 ? item.c_end - g : 16, s);
     }
     return;
   }
 #endif
-  attend_plain(layer, seq, kv_head, c_begin, c_end, s);
+  for (int h = item.h_begin; h < item.h_end; h++) attend_plain(layer, seq, h, item.c_begin, item.c_end, s);
 }
 
 }  // namespace baton

@@ -135,10 +135,6 @@ class Decoder final : public DecoderBase {
   }
 
  private:
-  struct Item {
-    int32_t seq, kv_head, c_begin, c_end;
-  };
-
   static double now_s() {
     timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
@@ -167,21 +163,14 @@ class Decoder final : public DecoderBase {
 
     parts_.clear();
     positions_.resize(n);
-    items_.clear();
     int row = 0;
-    const int per_item = kMaxColumns / group() * group();
     for (int s = 0; s < step.num_seqs; s++) {
       const SequencePart part{row, step.num_new[s], step.starts[s], step.tables + step.table_begin[s]};
       for (int i = 0; i < part.num_new; i++) positions_[row + i] = {part.start + i, s};
       parts_.push_back(part);
       row += part.num_new;
-      for (int h = 0; h < m_.num_kv_heads; h++) {
-        // Later chunks see more keys: they come first, so that threads end together.
-        for (int c = (part.num_new * group() - 1) / per_item * per_item; c >= 0; c -= per_item) {
-          items_.push_back({s, h, c, std::min(c + per_item, part.num_new * group())});
-        }
-      }
     }
+    plan_attention(attention_of(layers_[0], int(n)), parts_, pool_.size(), items_);
     for (auto& next : next_item_) next.store(0, std::memory_order_relaxed);
     return true;
   }
@@ -189,8 +178,6 @@ class Decoder final : public DecoderBase {
   // Elements from one row to the next: an odd number of panels, so that the same columns of neighbouring rows do not
   // fall into the same few sets of the cache.
   static int64_t row_stride(int64_t columns) { return (ceil_div(columns, kPanel) | 1) * kPanel; }
-
-  int group() const { return m_.num_heads / m_.num_kv_heads; }
 
   ATiles tiles(const Buffer& buffer, int64_t num_rows, int64_t columns) const {
     return ATiles::view(buffer.as(), int(num_rows), k_tiles_of<T>(columns));
@@ -339,16 +326,18 @@ class Decoder final : public DecoderBase {
     }
   }
 
+  AttentionLayer<T> attention_of(const LayerDesc& layer, int num_tokens) const {
+    return {reinterpret_cast<const T*>(layer.pool), qkv_.as<T>(),
+            tiles(attended_, num_tokens, int64_t(m_.num_heads) * m_.head_dim), qkv_stride_, m_.num_heads,
+            m_.num_kv_heads, m_.head_dim, m_.block_size, int(layer.window), m_.scale};
+  }
+
   void attend_items(const LayerDesc& layer, int index, int thread) {
-    const AttentionLayer<T> attention{reinterpret_cast<const T*>(layer.pool), qkv_.as<T>(),
-                                      tiles(attended_, step_->num_tokens, int64_t(m_.num_heads) * m_.head_dim),
-                                      qkv_stride_, m_.num_heads, m_.num_kv_heads, m_.head_dim, m_.block_size,
-                                      int(layer.window), m_.scale};
+    const AttentionLayer<T> attention = attention_of(layer, step_->num_tokens);
     auto& scratch = *scratch_[thread]->template as<AttentionScratch>();
     const int count = int(items_.size());
     for (int i; (i = next_item_[index].fetch_add(1, std::memory_order_relaxed)) < count;) {
-      const Item& item = items_[i];
-      attend(attention, parts_[item.seq], item.kv_head, item.c_begin, item.c_end, scratch);
+      attend(attention, parts_, items_[i], scratch);
     }
   }
 
@@ -408,7 +397,7 @@ class Decoder final : public DecoderBase {
   };
   std::vector<SequencePart> parts_;
   std::vector<Position> positions_;  // per token
-  std::vector<Item> items_;          // of attention, the same in all layers
+  std::vector<AttentionItem> items_;  // of attention, the same in all layers
   std::vector<std::atomic<int>> next_item_;
 
   const StepDesc* step_ = nullptr;

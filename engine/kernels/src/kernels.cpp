@@ -77,16 +77,13 @@ void attend_all(const AttentionLayer<T>& layer, const StepDesc& step) {
   Buffer memory;
   memory.reserve(sizeof(AttentionScratch));
   auto& scratch = *memory.as<AttentionScratch>();
-  const int per_item = columns_per_item(layer);
+  std::vector<SequencePart> parts;
   for (int s = 0, row = 0; s < step.num_seqs; row += step.num_new[s++]) {
-    const SequencePart part{row, step.num_new[s], step.starts[s], step.tables + step.table_begin[s]};
-    const int columns = part.num_new * layer.group();
-    for (int h = 0; h < layer.num_kv_heads; h++) {
-      for (int c = 0; c < columns; c += per_item) {
-        attend(layer, part, h, c, std::min(columns, c + per_item), scratch);
-      }
-    }
+    parts.push_back({row, step.num_new[s], step.starts[s], step.tables + step.table_begin[s]});
   }
+  std::vector<AttentionItem> items;
+  plan_attention(layer, parts, 1, items);
+  for (const auto& item : items) attend(layer, parts, item, scratch);
   release_tiles();
 }
 

@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 _MAX_ABORTED: Final = 4096
 _TICK_S: Final = 0.2
+_FOLLOWER_SILENT_S: Final = 1.5
 
 
 class Leader:
@@ -72,6 +73,8 @@ class Leader:
         self._draining = False
         self._last_tick = -1e9
         self._follower_stats: dict[int, EndpointStats] = {}
+        self._asked: dict[int, float] = {}
+        """Follower rank -> since when a report of it is due."""
 
     def before_step(self, plan: StepPlan) -> None:
         """Called with each plan before any rank computes it."""
@@ -105,6 +108,7 @@ class Leader:
             self._on_command(message)
         for rank, follower in enumerate(self._group.followers, start=1):
             for kind, packed in follower.drain():
+                self._asked.pop(rank, None)
                 if kind == "stats":
                     self._follower_stats[rank] = EndpointStats(**packed)
                 else:
@@ -114,10 +118,24 @@ class Leader:
         if self._engine.has_work():
             self._step()
         if self._clock.now() - self._last_tick > _TICK_S:
-            self._tick()
+            if self._followers_answer():
+                self._tick()
             self._sending.expire()
             self._expire_deadlines()
         self._outbox.flush()
+
+    def _followers_answer(self) -> bool:
+        """Ask every follower for a sign of life; False if one owes us the last one.
+
+        Where no step runs, nothing else shows that a rank stands still, and its transfers would hold blocks for good.
+        """
+        now = self._clock.now()
+        self._last_tick = now
+        for rank, follower in enumerate(self._group.followers, start=1):
+            if rank not in self._asked:
+                self._asked[rank] = now
+                follower.send(["report"])
+        return all(now - asked < _FOLLOWER_SILENT_S for asked in self._asked.values())
 
     def _step(self) -> None:
         began = self._clock.now()
@@ -161,7 +179,6 @@ class Leader:
             case ["drain"]:
                 self._draining = True
             case ["status", query_id]:
-                self._group.tell("report")  # for the next query: nobody waits for followers here
                 self._front.send(["status", query_id, self.status()])
             case _:
                 raise AssertionError(f"unknown command {message[:1]}")
@@ -227,9 +244,9 @@ class Leader:
 
     def _router_gone(self, router_id: str) -> None:
         self._routers.discard(router_id)
-        attempts = {attempt for attempt, owner in self._running.items() if owner == router_id}
-        attempts.update(self._sending.attempts_of(router_id), self._receiving.attempts_of(router_id))
-        for attempt_id in attempts:
+        running = [attempt for attempt, owner in self._running.items() if owner == router_id]
+        handed = [*self._sending.attempts_of(router_id), *self._receiving.attempts_of(router_id)]
+        for attempt_id in dict.fromkeys(running + handed):
             self._abort(attempt_id, "the router is gone")
 
     def _expire_deadlines(self) -> None:

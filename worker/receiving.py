@@ -20,6 +20,10 @@ from worker.channel import unpack
 from worker.group import Group
 from worker.outbox import Outbox
 
+_BY_PEER: Final = "peer: "
+"""How the reason of a Failed begins if the sender ended the transfer. It lives and tells the router why by itself (its
+first token was the last one, it was aborted, it parks the KV for another worker); ours could overtake that."""
+
 
 class ReceiveState(enum.StrEnum):
     """Where the hand-over is, and who holds the destination blocks."""
@@ -179,7 +183,10 @@ class ReceivingSide:
     def _on_quiet(self, rank: int, receiving: Receiving, event: Failed | Quiesced) -> None:
         receiving.quiet_ranks.add(rank)
         if isinstance(event, Failed) and receiving.state is ReceiveState.RECEIVING:
-            self._outbox.failed(receiving.router_id, receiving.request.attempt_id, "kv_transfer_failed", event.reason)
+            if not event.reason.startswith(_BY_PEER):
+                self._outbox.failed(
+                    receiving.router_id, receiving.request.attempt_id, "kv_transfer_failed", event.reason
+                )
             self._close(receiving, event.reason)
         if receiving.state is ReceiveState.CLOSING and len(receiving.quiet_ranks) == self._tp_size:
             self._engine.quiesced(receiving.request.attempt_id)

@@ -234,7 +234,7 @@ def test_it_is_refused_in_one_clear_sentence(system: System, name: str) -> None:
         ("DELETE", "/v1/models", 405),
         ("OPTIONS", CHAT, 405),
         ("PUT", "/health", 405),
-        ("FROB", "/health", 405),
+        ("PATCH", "/health", 405),
         ("GET", "/", 404),
         ("GET", "//v1/models", 404),
         ("GET", "/v1/models/gpt-5", 404),
@@ -279,6 +279,22 @@ def test_what_is_not_http_is_hung_up_on(system: System) -> None:
                 while connection.recv(65536):
                     pass
     assert ask(system) == ANSWER
+
+
+def test_a_request_whose_time_runs_out_ends_with_an_error_that_says_so(system: System) -> None:
+    body = {"prompt": "hi", "max_tokens": 3000, "ignore_eos": True, "timeout": 0.2}
+    with system.client() as client:
+        answer = client.post(COMPLETIONS, json=body)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (504, "deadline_exceeded")
+        assert answer.headers["x-should-retry"] == "false"
+        streamed = client.post(COMPLETIONS, json={**body, "stream": True}).text
+    *events, last, end = streamed.split("\n\n")
+    assert len(events) > 3, "some of the answer came in time"
+    name, data = last.split("\n")
+    assert (name, end) == ("event: error", "")
+    error = json.loads(data.removeprefix("data: "))["error"]
+    assert (error["code"], error["type"]) == (504, "server_error")
+    assert "[DONE]" not in streamed
 
 
 # ---- gRPC

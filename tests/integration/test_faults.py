@@ -223,6 +223,50 @@ def test_a_killed_prefill_process_moves_its_prompt(system: System, process: str)
     assert_undisturbed(outcome, stream(system, prompt, 20).tokens)
 
 
+def test_a_decode_rank_killed_while_it_receives_kv_loses_nothing(system: System) -> None:
+    prompt = prompt_of(30, 600)
+    before = wait_until_whole(system)
+
+    def receiving() -> list[str]:
+        return [worker["worker_id"] for worker in system.status()["workers"] if worker["blocks"].get("receiving")]
+
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(stream, system, prompt, 20)
+        (victim,) = eventually(receiving, "KV is on its way")
+        kill(system, victim, "rank 0")
+        outcome = running.result()
+    assert wait_until_whole(system)[victim] != before[victim]
+    assert_undisturbed(outcome, stream(system, prompt, 20).tokens)
+
+
+def test_an_answer_with_three_choices_that_is_not_streamed_survives_too(system: System) -> None:
+    body = {
+        "prompt": prompt_of(31),
+        "n": 3,
+        "max_tokens": NUM_TOKENS,
+        "temperature": 0.8,
+        "seed": 3,
+        "ignore_eos": True,
+        "return_token_ids": True,
+    }
+
+    def ask() -> list[list[int]]:
+        with system.client() as client:
+            answer = client.post("/v1/completions", json=body)
+        assert answer.status_code == 200, answer.text
+        return [choice["token_ids"] for choice in answer.json()["choices"]]
+
+    expected = ask()
+    assert len(set(map(tuple, expected))) == 3
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(ask)
+        victims = eventually(
+            lambda: [w["worker_id"] for w in system.status()["workers"] if w["sequences"].get("running")], "it decodes"
+        )
+        kill(system, victims[0], "rank 0")
+        assert running.result() == expected
+
+
 def test_a_killed_router_breaks_its_streams_loudly_and_comes_back_on_the_same_ports(system: System) -> None:
     expected = stream(system, prompt_of(3)).tokens
     before, urls = wait_until_whole(system), (system.url, system.grpc)

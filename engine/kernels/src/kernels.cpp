@@ -19,7 +19,17 @@ struct Model {
 
 template <class T>
 void pack(char* out, const T* weight, int64_t num_rows, int64_t k, int64_t row_stride, const int32_t* order) {
-  for (int64_t i = 0; i < num_rows; i++) pack_row(out, weight + i * row_stride, order[i], k, k_tiles_of<T>(k));
+  const int64_t k_tiles = k_tiles_of<T>(k);
+  for (int64_t i = 0; i < num_rows;) {
+    bool together = order[i] % 16 == 0 && i + 16 <= num_rows;
+    for (int j = 1; together && j < 16; j++) together = order[i + j] == order[i] + j;
+    if (together) {
+      pack_16_rows(out, weight + i * row_stride, row_stride, order[i], k, k_tiles);
+    } else {
+      pack_row(out, weight + i * row_stride, order[i], k, k_tiles);
+    }
+    i += together ? 16 : 1;
+  }
 }
 
 // [num_rows][k] row-major -> A tiles
@@ -40,7 +50,7 @@ struct LinearCall {
   float* y;
   Buffer tiles, quantised, row_scales;
 
-  void run() {
+  void prepare() {
     const int k_tiles = k_tiles_of<T>(w.num_inputs);
     tiles.reserve(ATiles::bytes(num_rows, k_tiles));
     tile_rows(ATiles::view(tiles.as(), num_rows, k_tiles), x, num_rows, w.num_inputs);
@@ -53,9 +63,8 @@ struct LinearCall {
                             ATiles::view(quantised.as(), num_rows, k_tiles_of<int8_t>(w.num_inputs)));
       }
     }
-    repeat();
   }
-  void repeat() {
+  void run() {
     pool.run([](void* self, int thread) { static_cast<LinearCall*>(self)->part(thread); }, this);
   }
   void part(int thread) {
@@ -137,18 +146,18 @@ void baton_pack(int32_t itemsize, void* out, const void* weight, int64_t num_row
   if (itemsize == 4) pack(to, static_cast<const float*>(weight), num_rows, k, row_stride, order);
 }
 
-// y [num_rows][num_outputs padded to 32] float. `repeats` > 1 is for measuring: seconds of the quickest are returned.
+// y [num_rows][num_outputs padded to 32] float. Returns the seconds of the quickest of `repeats` runs.
 double baton_linear(void* pool, int32_t is_bf16, const void* x, int32_t num_rows, const LinearDesc* w, float* y,
                     int32_t repeats) {
   double best_s = 1e9;
   // A single thread is measured by its own time: other processes on its core do not count.
   const clockid_t clock = static_cast<Pool*>(pool)->size() == 1 ? CLOCK_THREAD_CPUTIME_ID : CLOCK_MONOTONIC;
   auto call = [&](auto typed) {
-    typed.run();
-    for (int i = 0; i < repeats; i++) {
+    typed.prepare();
+    for (int i = 0; i < std::max(1, repeats); i++) {
       timespec a, b;
       clock_gettime(clock, &a);
-      typed.repeat();
+      typed.run();
       clock_gettime(clock, &b);
       best_s = std::min(best_s, double(b.tv_sec - a.tv_sec) + 1e-9 * double(b.tv_nsec - a.tv_nsec));
     }

@@ -43,6 +43,29 @@ inline void pack_row(char* dst, const T* src, int64_t n, int64_t k, int64_t num_
   }
 }
 
+// The same for outputs n .. n + 15, n a multiple of 16: a tile is its sixteen rows' 64 bytes, transposed in fours.
+template <class T>
+inline void pack_16_rows(char* dst, const T* src, int64_t row_stride, int64_t n, int64_t k, int64_t num_k_tiles) {
+  char* tile = dst + (n / kPanel) * num_k_tiles * 2 * kTileBytes + (n % kPanel) / 16 * kTileBytes;
+  for (int64_t i = 0; i < k; i += kTileK<T>, tile += 2 * kTileBytes) {
+    const size_t bytes = size_t(k - i < kTileK<T> ? k - i : kTileK<T>) * sizeof(T);
+    uint32_t rows[16][16] = {};
+    for (int r = 0; r < 16; r++) std::memcpy(rows[r], src + r * row_stride + i, bytes);
+#if defined(__AVX512F__)
+    __m512i turned[16];
+    for (int r = 0; r < 16; r++) turned[r] = load_as<__m512i>(rows[r]);
+    transpose16(turned);
+    for (int r = 0; r < 16; r++) store_as(tile + r * kTileRowBytes, turned[r]);
+#else
+    uint32_t turned[16][16];
+    for (int r = 0; r < 16; r++) {
+      for (int c = 0; c < 16; c++) turned[c][r] = rows[r][c];
+    }
+    std::memcpy(tile, turned, kTileBytes);
+#endif
+  }
+}
+
 enum class Prefetch { kNone, kStream, kNextPanel };
 
 // What a block fetches while it computes: `lines` cache lines per K tile from `from` on (kNextPanel).

@@ -163,7 +163,10 @@ def load_config(path: str | None = None, settings: dict[str, Any] | None = None)
             if not isinstance(child, dict):
                 raise ConfigError(f"{key}: {section} is not a section")
             node = child
-        node[leaf] = yaml.safe_load(value) if isinstance(value, str) else value
+        try:
+            node[leaf] = yaml.safe_load(value) if isinstance(value, str) else value
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{key}: {value!r} is not a YAML value") from error
     try:
         return Config.model_validate(tree)
     except ValidationError as error:

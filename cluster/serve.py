@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import yaml
-
 from baton import auth
 from baton.config import Config, ConfigError, load_config
 from cluster import guardian, process_tree, topology
@@ -71,7 +69,7 @@ def _modules() -> Modules:
 
 def _build(request: Request, console: Console) -> Supervisor:
     start_up = StartUp(request.began)
-    config = _load_config(request)
+    config = load_config(request.config_file, request.settings)
     check_ports(config)
     secret = _take_secret(config)
     model = topology.resolve_model(config, lambda hub_id: console.say(f"downloading {hub_id}"))
@@ -85,13 +83,6 @@ def _build(request: Request, console: Console) -> Supervisor:
     request.run.write_state(token=auth.worker_token(secret), model=model.name)
     orders = Orders(config, model, secret, _modules())
     return Supervisor(config, model, workers, orders, launcher, local, console, request.run, start_up)
-
-
-def _load_config(request: Request) -> Config:
-    try:
-        return load_config(request.config_file, request.settings)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set: {' '.join(str(error).split())}") from error
 
 
 def _take_secret(config: Config) -> bytes:

@@ -107,7 +107,20 @@ class InjectionBook:
 
     def link_lost(self, pipe: Pipe, reason: str) -> None:
         """The reader of this pipe has closed its connection."""
-        is_noticed = any(word in reason for word in ("protocol", "secret", "address", "layout", "version", "handshake", "integrity", "lease", "transport"))
+        is_noticed = any(
+            word in reason
+            for word in (
+                "protocol",
+                "secret",
+                "address",
+                "layout",
+                "version",
+                "handshake",
+                "integrity",
+                "lease",
+                "transport",
+            )
+        )
         for item in [item for item in self._on_wire if item.pipe is pipe]:
             self._on_wire.remove(item)
             self.close(item.injection, "detected" if is_noticed else "moot")

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from tests.simulation.world import World
     from tests.simulation.worker import SimWorker
+    from tests.simulation.world import World
 
 ON_RATE: Final = 0.35
 """Part of the seeds in which a kind of fault is switched on."""
@@ -17,6 +17,9 @@ WIRE: Final = "corruption on the wire"
 LANDING: Final = "corruption between digest and verification"
 SOURCE: Final = "corruption above the digest"
 ABORT: Final = "client leaves"
+DEADLINE: Final = "short deadline"
+NONE: Final = "none"
+_OTHERS: Final = (WIRE, LANDING, ABORT, DEADLINE)
 _PERMANENT: Final = frozenset(
     {
         "one-way partition",
@@ -57,13 +60,14 @@ class Faults:
         rng = world.rng
         rates = {name: rng.choice((0.5, 2.0, 8.0)) for name in self._actions}
         rates[SOURCE] = rng.choice((5.0, 40.0))
-        possible = {*_PERMANENT, ABORT} if world.mode == "liveness" else {*self._actions, WIRE, LANDING, ABORT}
+        possible = {*_PERMANENT, ABORT} if world.mode == "liveness" else {*self._actions, *_OTHERS}
         rate_on = 0.5 if world.mode == "liveness" else ON_RATE
-        on = {name: rng.random() < rate_on and name in possible for name in (*self._actions, WIRE, LANDING, ABORT)}
+        on = {name: rng.random() < rate_on and name in possible for name in (*self._actions, *_OTHERS)}
         if only:
             on = {name: name == only for name in on}
         self.rates = {name: rate for name, rate in rates.items() if on[name]}
         self.abort_rate = rng.choice((0.05, 0.3)) if on[ABORT] else 0.0
+        self.deadline_rate = rng.choice((0.05, 0.2)) if on[DEADLINE] else 0.0
         if on[WIRE]:
             world.book.wire_rate = rng.choice((0.003, 0.03))
         if on[LANDING]:
@@ -84,7 +88,8 @@ class Faults:
         start = world.scheduler.now()
         for name, rate in self.rates.items():
             # Load comes as fast as it comes: rates are per 30 requests, not per second.
-            for _ in range(int(world.rng.expovariate(1 / rate)) + 1):
+            times = 1 if name == "router gone" else int(world.rng.expovariate(1 / rate)) + 1
+            for _ in range(times):
                 when = world.rng.uniform(start, until + 0.2)
                 world.scheduler.at(when, lambda n=name: self._strike(n))  # type: ignore[misc]
 

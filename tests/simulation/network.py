@@ -243,7 +243,9 @@ class SimSocket:
         pipe.acknowledge(count, is_reverse_cut=self.outgoing.is_cut)
         return count
 
-    def recvmsg_into(self, views: Sequence[memoryview], space: int = 0, flags: int = 0) -> tuple[int, list[Any], int, None]:
+    def recvmsg_into(
+        self, views: Sequence[memoryview], space: int = 0, flags: int = 0
+    ) -> tuple[int, list[Any], int, None]:
         """Fill one view after the other."""
         total = 0
         for view in views:

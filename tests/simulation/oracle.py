@@ -52,9 +52,7 @@ def undisturbed(
 def _engine(kv: ModelKV) -> LocalEngine:
     num_blocks = -(-MAX_MODEL_LEN // UNIT_TOKENS)
     runner = SimRunner(KVLayout(kv, KVGeometry(1, UNIT_TOKENS, num_blocks), 0), VOCAB_SIZE)
-    config = EngineConfig(
-        UNIT_TOKENS, num_blocks, MAX_MODEL_LEN, enable_prefix_caching=False, vocab_size=VOCAB_SIZE
-    )
+    config = EngineConfig(UNIT_TOKENS, num_blocks, MAX_MODEL_LEN, enable_prefix_caching=False, vocab_size=VOCAB_SIZE)
     return LocalEngine(config, runner, PrefixHasher(PREFIX_SECRET, kv.fingerprint), ManualClock())
 
 

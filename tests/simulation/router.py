@@ -389,9 +389,7 @@ class Router:
         error = _error(code)
         is_overloaded = isinstance(error, Overloaded)
         request.failures += not is_overloaded
-        self.fleet.tell(
-            history.AttemptFailed(now, request.request_id, request.number, code, not is_overloaded)
-        )
+        self.fleet.tell(history.AttemptFailed(now, request.request_id, request.number, code, not is_overloaded))
         if request.failures >= MAX_FAILED_ATTEMPTS or not (error.retryable or is_overloaded):
             self.end(request, "error", code)
             return

@@ -67,6 +67,9 @@ class Watcher(Protocol):
     def opened(self, request: SendRequest) -> None:
         """The leader opens a transfer."""
 
+    def preempt(self) -> None:
+        """The kernel may let other threads run here."""
+
 
 class SimSwitchboard(Switchboard):
     """Dials and listens in the simulated network."""
@@ -161,6 +164,7 @@ class SimTransferThread(TransferThread):
 
     def pull(self, connection: Connection) -> OutgoingFrame | None:
         """As production; the watcher sees what a digest was made over."""
+        self._watcher.preempt()
         outgoing = super().pull(connection)
         if outgoing is not None:
             self._watcher.digested(outgoing.message)
@@ -172,6 +176,7 @@ class SimTransferThread(TransferThread):
 
     def _arrived(self, connection: Connection, arrival: Arrival) -> None:
         self._watcher.arrived(connection, arrival)
+        self._watcher.preempt()
         super()._arrived(connection, arrival)
 
     def shut_down(self, reason: str) -> None:

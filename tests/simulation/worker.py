@@ -24,7 +24,7 @@ from tests.simulation import history, oracle
 from tests.simulation.corruption import InjectionBook, LandingFaults, name_of, spoil_bytes
 from tests.simulation.network import Network, SimSocket
 from tests.simulation.oracle import PoolView
-from tests.simulation.transfer import SimEndpoint, address_of, is_receiver
+from tests.simulation.transfer import SimEndpoint, address_of
 from tests.simulation.virtual_time import Actor, Process, Scheduler
 from tests.support.audit import audit_ledger
 from worker import codec
@@ -85,6 +85,7 @@ class Surroundings(Protocol):
     verify: bool
     is_lockstep: bool
     costs: CostModel
+    preempt_rate: float
     known: dict[TransferId, Known]
 
     def tell(self, event: history.Event) -> None:
@@ -232,6 +233,8 @@ class Rank:
         thread = self.endpoint.thread
         try:
             thread.take_turn()
+        except Killed:
+            return
         except Exception:
             self._worker.defect(f"transfer thread of rank {self.tp_rank}", traceback.format_exc())
             return
@@ -302,6 +305,12 @@ class Rank:
         """Injected corruption on the way here has been noticed, or will never be."""
         if sock.incoming is not None:
             self._world.book.link_lost(sock.incoming, reason)
+
+    def preempt(self) -> None:
+        """Sometimes others run between two steps of this thread, its own engine thread among them."""
+        world = self._world
+        if world.preempt_rate and world.rng.random() < world.preempt_rate:
+            self._compute(world.rng.uniform(0.0, 0.003))
 
     def opened(self, request: SendRequest) -> None:
         """The leader's request says whose tokens these are."""

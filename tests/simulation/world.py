@@ -7,7 +7,7 @@ import random
 import secrets
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final
 
 from baton.request import RequestId, SamplingParams
@@ -61,7 +61,7 @@ class Options:
     verify: bool = True
     keep_history: bool = False
     only_fault: str = ""
-    """Of all faults only this one; "none": no fault at all."""
+    """Of all faults only this one (see tests.simulation.faults); NONE: no fault at all."""
 
 
 class World:
@@ -82,6 +82,7 @@ class World:
         # Without a collective (the simulated engine has none) nobody notices that one rank of a worker stands still.
         self.is_lockstep = rng.random() < 0.5 or mode == LIVENESS
         self.costs = rng.choice((CostModel(), CostModel(0.00005, 0.001, 0.0002)))
+        self.preempt_rate = rng.choice((0.0, 0.0, 0.3))
         self.network = Network(
             self.scheduler,
             rng,
@@ -233,7 +234,9 @@ class World:
         max_tokens = rng.choice((1, 2, 5, 9, oracle.MAX_NEW_TOKENS))
         tokens = oracle.undisturbed(self.model, prompt, tenant, salt, temperature, seed)
         now = self.scheduler.now()
-        is_short = self.mode == SAFETY and rng.random() < 0.04
+        is_short = rng.random() < self.faults.deadline_rate
+        if is_short:
+            self.faults.count("short deadline")
         deadline_s = now + (rng.uniform(0.01, 0.5) if is_short else 40.0)
         request = Request(
             RequestId(f"r{number}"),

@@ -192,7 +192,7 @@ def test_a_taken_port_is_refused_before_anything_starts(flag: str) -> None:
     ("flags", "complaint"),
     [
         (["--set", "engine.blok_size=32"], "engine.blok_size: Extra inputs are not permitted"),
-        (["--set", "engine.block_size=[1"], "--set: while parsing"),
+        (["--set", "engine.block_size=[1"], "engine.block_size: '[1' is not a YAML value"),
         (["--set", "nothing"], "--set nothing: must be key=value"),
         (["--config", "/nowhere.yaml"], "/nowhere.yaml"),
         (["--engine", "native", "/no/such/model"], "model.path: /no/such/model: no such directory"),

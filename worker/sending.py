@@ -27,14 +27,14 @@ class SendState(enum.StrEnum):
     QUEUED = "queued"  # not scheduled yet: nothing is reserved anywhere
     OPEN = "open"  # reserved or being reserved; KV goes out as it is written
     PARKED = "parked"  # refused or failed there; waits for the router to name another decode worker
-    CLOSING = "closing"  # aborted; ranks have yet to answer Quiesced
+    CLOSING = "closing"  # over; ranks have yet to say that they read no block of it any more
     DONE = "done"  # complete, or given up
 
 
 _NEXT: Final[Mapping[SendState, frozenset[SendState]]] = {
     SendState.QUEUED: frozenset({SendState.OPEN, SendState.DONE}),
     SendState.OPEN: frozenset({SendState.PARKED, SendState.CLOSING, SendState.DONE}),
-    SendState.PARKED: frozenset({SendState.OPEN, SendState.DONE}),
+    SendState.PARKED: frozenset({SendState.OPEN, SendState.CLOSING, SendState.DONE}),
     SendState.CLOSING: frozenset({SendState.DONE}),
     SendState.DONE: frozenset(),
 }
@@ -55,7 +55,8 @@ class Sending:
     num_written: int = 0
     first: TokenEvent | None = None
     parked_at: float = 0.0
-    quiesced_ranks: set[int] = field(default_factory=set)
+    unquiet: dict[TransferId, set[int]] = field(default_factory=dict)
+    """Aborted transfers, and the ranks that may still read their blocks: none is freed before this is empty."""
     moments: dict[str, float] = field(default_factory=dict)
 
     def move_to(self, state: SendState) -> None:
@@ -170,7 +171,6 @@ class SendingSide:
     def _open(self, sending: Sending, block_table: tuple[int, ...]) -> None:
         sending.move_to(SendState.OPEN)
         sending.transfer_id = TransferId(secrets.token_bytes(16))
-        sending.quiesced_ranks = set()
         self._by_transfer[sending.transfer_id] = sending
         request = SendRequest(
             transfer_id=sending.transfer_id,
@@ -188,11 +188,17 @@ class SendingSide:
     def _close(self, sending: Sending, reason: str) -> None:
         """Stop the transfer first and free the blocks after: no rank may read a block that has a new owner."""
         if sending.state is SendState.OPEN:
+            self._abort_transfer(sending, reason)
+        if sending.unquiet:
             sending.move_to(SendState.CLOSING)
-            self._group.abort(sending.request.attempt_id, sending.transfer_id, reason)
         else:
             self._forget(sending)
             self._engine.abort(sending.request.attempt_id)
+
+    def _abort_transfer(self, sending: Sending, reason: str) -> None:
+        """Every rank is told, and answers Quiesced when it reads the blocks no more."""
+        sending.unquiet[sending.transfer_id] = set(range(self._tp_size))
+        self._group.abort(sending.request.attempt_id, sending.transfer_id, reason)
 
     def _forget(self, sending: Sending) -> None:
         sending.move_to(SendState.DONE)
@@ -204,37 +210,51 @@ class SendingSide:
 
     def _on_refused(self, rank: int, sending: Sending, event: object) -> None:
         assert isinstance(event, Refused)
-        if sending.state is SendState.OPEN:  # it may cross our abort
+        if sending.state is SendState.OPEN and event.transfer_id == sending.transfer_id:  # it may cross our abort
             self._park(sending, event.code, event.message)
 
     def _on_failed(self, rank: int, sending: Sending, event: object) -> None:
         assert isinstance(event, Failed)
-        if sending.state is SendState.CLOSING:
-            self._on_quiesced(rank, sending, event)
-        elif sending.state is SendState.OPEN:
+        if event.transfer_id in sending.unquiet:
+            self._quiet(rank, sending, event.transfer_id)
+        elif sending.state is SendState.OPEN and event.transfer_id == sending.transfer_id:
             self._park(sending, "kv_transfer_failed", event.reason)
 
     def _park(self, sending: Sending, code: str, message: str) -> None:
         """The KV stays pinned here, which is the burst buffer; the router decides where it goes."""
         attempt_id = sending.request.attempt_id
-        self._group.abort(attempt_id, sending.transfer_id, message)
-        self._by_transfer.pop(sending.transfer_id)
+        self._abort_transfer(sending, message)
         sending.move_to(SendState.PARKED)
         sending.parked_at = self._clock.now()
         self._outbox.refused(sending.router_id, attempt_id, sending.peer.worker_id, code, message)
 
     def _on_completed(self, rank: int, sending: Sending, event: object) -> None:
-        if sending.state is not SendState.OPEN:
+        assert isinstance(event, Completed)
+        if sending.state is not SendState.OPEN or event.transfer_id != sending.transfer_id:
             return
         attempt_id = sending.request.attempt_id
         self._group.close_send(attempt_id, sending.transfer_id)
-        self._engine.release(attempt_id)
         assert sending.first is not None
         self._outbox.timeline(sending.router_id, attempt_id, sending.moments, sending.first.num_cached_tokens)
-        self._forget(sending)
+        if sending.unquiet:  # a rank may still read for an earlier transfer, if this one had nothing to send
+            sending.move_to(SendState.CLOSING)
+        else:
+            self._forget(sending)
+            self._engine.release(attempt_id)
 
     def _on_quiesced(self, rank: int, sending: Sending, event: object) -> None:
-        sending.quiesced_ranks.add(rank)
-        if sending.state is SendState.CLOSING and len(sending.quiesced_ranks) == self._tp_size:
+        assert isinstance(event, Quiesced)
+        self._quiet(rank, sending, event.transfer_id)
+
+    def _quiet(self, rank: int, sending: Sending, transfer_id: TransferId) -> None:
+        """A rank reads no block of an aborted transfer any more."""
+        ranks = sending.unquiet.get(transfer_id)
+        if ranks is None:
+            return
+        ranks.discard(rank)
+        if ranks:
+            return
+        del sending.unquiet[transfer_id], self._by_transfer[transfer_id]
+        if sending.state is SendState.CLOSING and not sending.unquiet:
             self._forget(sending)
             self._engine.abort(sending.request.attempt_id)

@@ -215,7 +215,7 @@ class FrameTap:
             book.recent.append((data, payload))
             changed = self._spoil_payload(kind, data, payload)
             if changed is not None and changed != payload:
-                book.payload(data[:4] + (data.first_unit,), kind)  # type: ignore[arg-type]
+                book.payload((*data[:4], data.first_unit), kind)  # type: ignore[arg-type]
                 return [frame[:body_end] + changed]
         out = self._spoil_frame(kind, frame, body_end, data)
         if out != [frame]:

@@ -19,6 +19,8 @@ class Scheduler:
         self._heap: list[tuple[float, int, Callable[[], None]]] = []
         self._number = 0
         self.num_events = 0
+        self.depth = 0
+        """Calls of `run` that are on the stack."""
 
     def now(self) -> float:
         """Virtual seconds since the beginning."""
@@ -36,12 +38,16 @@ class Scheduler:
     def run(self, until: float) -> None:
         """Everything that happens up to and at `until`."""
         heap = self._heap
-        while heap and heap[0][0] <= until:
-            when, _, callback = heapq.heappop(heap)
-            self._now = max(self._now, when)
-            self.num_events += 1
-            callback()
-        self._now = max(self._now, until)
+        self.depth += 1
+        try:
+            while heap and heap[0][0] <= until:
+                when, _, callback = heapq.heappop(heap)
+                self._now = max(self._now, when)
+                self.num_events += 1
+                callback()
+            self._now = max(self._now, until)
+        finally:
+            self.depth -= 1
 
 
 class Process:

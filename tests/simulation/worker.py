@@ -37,6 +37,8 @@ from worker.role import RolePolicy
 
 _THREAD_DELAY_S: Final = (0.00001, 0.0004)
 _TICK_S: Final = 0.2
+_MAX_DEPTH: Final = 2
+"""How many processes may compute at the same time; the steps of others take none."""
 _AUDIT_EVERY: Final = 6
 _PLAN: Final = pack(["plan", None])[:6]
 _WRITABLE: Final = (SeqState.RECEIVING, SeqState.QUARANTINED)
@@ -225,7 +227,8 @@ class Rank:
     def _compute(self, seconds: float) -> None:
         """A layer takes its time; everybody else goes on meanwhile."""
         scheduler = self._world.scheduler
-        scheduler.run(scheduler.now() + seconds)
+        if scheduler.depth <= _MAX_DEPTH:  # or who began first would wait for all who began later
+            scheduler.run(scheduler.now() + seconds)
         if self.process.is_dead:
             raise Killed
 

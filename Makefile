@@ -52,10 +52,12 @@ $(VENV)/bin/python:
 
 $(VENV)/.runtime: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/pip install $(PIP) -e .
+	$(BIN)/python -m engine.kernels.build
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/pip install $(PIP) -e '.[dev]'
+	$(BIN)/python -m engine.kernels.build
 	@touch $@ $(VENV)/.runtime
 
 $(PROTO_VENV)/.done: Makefile

@@ -131,8 +131,8 @@ class Config(_Section):
     def _supported(self) -> Config:
         if self.engine.device == "cuda":
             raise ValueError("engine.device: cuda is not supported by this version; use cpu")
-        if self.model.quantization is not None:
-            raise ValueError("model.quantization: int8 is not supported by this version")
+        if self.model.quantization is not None and self.engine.kind == "sim":
+            raise ValueError("model.quantization: the simulated engine has no weights to quantize")
         if self.cluster.address is not None and self.cluster.launcher != "ray":
             raise ValueError("cluster.address needs cluster.launcher: ray")
         return self

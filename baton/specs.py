@@ -18,6 +18,7 @@ class ModelSpec:
     dtype: str = "auto"
     max_model_len: int | None = None
     load_format: str = "auto"
+    quantization: str | None = None
     sim: dict[str, Any] = field(default_factory=dict)
 
 

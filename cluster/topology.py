@@ -196,6 +196,7 @@ class Orders:
                 dtype=config.model.dtype,
                 max_model_len=config.model.max_model_len,
                 load_format=config.model.load_format,
+                quantization=config.model.quantization,
                 sim=config.sim.model_dump() if engine.kind == "sim" else {},
             ),
             block_size=engine.block_size,

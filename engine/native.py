@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -84,6 +85,8 @@ class NativeRunner:
 
         digest = _agreed_fingerprint(self._comm, model_dir, self.config, dtype, load_format)
         spec = LayerSpec(self.config.num_kv_heads, self.config.head_dim)
+        if quantization is not None:  # other weights, other KV
+            digest = hashlib.blake2b(f"{digest} {quantization}".encode(), digest_size=16).hexdigest()
         model = ModelKV((spec,) * self.config.num_layers, dtype, digest)
         self.layout = _sized_layout(model, self._comm, block_size, num_blocks, kv_cache_bytes)
         shapes, optional = tensor_shapes(self.config), optional_tensors(self.config)

@@ -72,6 +72,8 @@ def _load_native(spec: RankSpec) -> LoadedModel:
         num_blocks=num_blocks(spec, ModelKV(layers, dtype, ""), max_model_len),
         load_format=spec.model.load_format,
         num_threads=spec.threads,
+        cores=spec.cores,
+        quantization=spec.model.quantization,
     )
     return LoadedModel(runner, max_model_len, config.vocab_size, config.eos_token_ids)
 
@@ -90,7 +92,7 @@ def _context(asked: int | None, possible: int) -> int:
     return asked or possible
 
 
-_SIM_CONTEXT = 32768
+_SIM_CONTEXT = 4096
 
 
 def _load_sim(spec: RankSpec) -> LoadedModel:

@@ -71,17 +71,17 @@ def main(roles: dict[str, RolePolicy]) -> None:
     signal.signal(signal.SIGTERM, signals.stop)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the supervisor decides what Ctrl-C means
     link.watch(lambda _: None, signals.stop)
-    if spec.cores:
-        os.sched_setaffinity(0, spec.cores)
     timer = _StepTimer()
     try:
         with timer.step("load_model"):
             model = load_model(spec)
         with timer.step("open_endpoint"):
             transfers = _open_endpoint(spec, model.runner)
-    except (ValueError, OSError, MemoryError) as error:
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
         fail_start(link, error)
     transfers.set_wakeup(signals.wake)
+    if spec.cores:
+        os.sched_setaffinity(0, spec.cores)  # this thread, the engine's; the transfer thread may run elsewhere
     _tune_interpreter()
     context: zmq.Context[Any] = zmq.Context()
     try:

@@ -15,6 +15,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -148,3 +149,15 @@ def _cpu_flags() -> frozenset[str]:
 
 def _cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "baton" / "kernels"
+
+
+def main() -> None:
+    """`python -m engine.kernels.build`: compile for this CPU now, so that no first start has to wait for it."""
+    try:
+        sys.stdout.write(f"CPU kernels: {built(isas()[0])}\n")
+    except KernelsUnavailable as error:
+        sys.stdout.write(f"CPU kernels are not available, plain torch will compute: {error}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -5,7 +5,7 @@
 
 The peers are optional: give the Python of an environment that has them, or BATON_BENCH_VLLM_PYTHON and
 BATON_BENCH_LLAMA_CPP_PYTHON. docs/benchmarks-engine.md has the method. Exit status 1: a target of issue 4 is missed,
-or Baton's tokens are not the model's; 2: the bench could not run.
+Baton's tokens are not the model's, or it failed; 2: the bench could not run.
 """
 
 from __future__ import annotations
@@ -45,13 +45,14 @@ def main() -> int:
     documents: list[dict[str, Any]] = []
     last: list[str] = []
     all_verdicts: list[Verdict] = []
-    wrong: list[str] = []
+    faults: list[str] = []
     for setup in _setups(args):
         outcome = _run(setup)
         documents.append(engine_report.as_json(setup, outcome))
         last.append(engine_report.ratios_line(setup, outcome))
         all_verdicts += engine_report.judged(setup, outcome)
-        wrong += engine_report.wrong_arms(outcome)
+        faults += [f"wrong tokens from {name}" for name in engine_report.wrong_arms(outcome)]
+        faults += [f"no figure for {name}" for name in engine_report.broken_rows(outcome)]
     if args.json is not None:
         document = {"command": sys.argv[1:], "machine": machine, "is_quick": args.quick, "runs": documents}
         args.json.write_text(json.dumps(document, indent=1) + "\n")
@@ -59,9 +60,9 @@ def main() -> int:
     missed = sum(verdict.is_met is False for verdict in all_verdicts)
     print(
         f"RATIOS {' | '.join(last)} | targets: {len(all_verdicts) - missed - unknown} met, {missed} missed, "
-        f"{unknown} not measured" + (f" | WRONG TOKENS: {', '.join(wrong)}" if wrong else "")
+        f"{unknown} not measured" + (f" | FAULTS: {', '.join(faults)}" if faults else "")
     )
-    return engine_report.exit_status(all_verdicts, wrong)
+    return engine_report.exit_status(all_verdicts, faults)
 
 
 def _run(setup: Setup) -> Outcome:
@@ -86,7 +87,7 @@ def _setups(args: argparse.Namespace) -> list[Setup]:
         Setup(
             shape=SHAPES[shape],
             num_threads=num_threads,
-            rows=tuple(row for row in rows if not row.name.startswith("tp") or num_threads == args.threads[0]),
+            rows=tuple(row for row in rows if not row.name.startswith("tp") or SHAPES[shape].splits_over(args.tp)),
             num_pairs=args.pairs or (2 if args.quick else 5),
             tp_size=args.tp,
             work_dir=args.work_dir,

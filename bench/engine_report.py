@@ -9,7 +9,7 @@ from typing import Any, Final
 from bench.engine_rows import Figure, Kind, Row, Spread, Verdict, verdicts
 from bench.engine_session import Outcome, Setup
 
-MAX_REGRET: Final = 0.25
+MAX_REGRET: Final = 0.1
 """Largest regret of a bf16 arm, see peers/check_tokens.py; int8 is stated, not bounded."""
 _NOISE: Final = 0.15
 
@@ -172,6 +172,11 @@ def _spreads(found: Mapping[str, Spread | None]) -> dict[str, dict[str, float]]:
     return {name: asdict(spread) for name, spread in found.items() if spread is not None}
 
 
-def exit_status(all_verdicts: Sequence[Verdict], wrong: Sequence[str]) -> int:
-    """1 where a target is missed or an answer is wrong; what was not measured is printed and does not count."""
-    return int(bool(wrong) or any(verdict.is_met is False for verdict in all_verdicts))
+def broken_rows(outcome: Outcome) -> list[str]:
+    """Rows that Baton could not run to the end."""
+    return [name for name, figure in outcome.figures.items() if figure.row.subject in figure.absent]
+
+
+def exit_status(all_verdicts: Sequence[Verdict], faults: Sequence[str]) -> int:
+    """1 where a target is missed or something is wrong; what peers did not measure is printed and does not count."""
+    return int(bool(faults) or any(verdict.is_met is False for verdict in all_verdicts))

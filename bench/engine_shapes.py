@@ -45,6 +45,10 @@ class Shape:
         """All linears; norms are left out."""
         return self.num_layers * self.layer_params + self.head_params
 
+    def splits_over(self, tp_size: int) -> bool:
+        """Can so many ranks share the heads?"""
+        return self.num_heads % tp_size == 0 and self.num_kv_heads % tp_size == 0
+
     @property
     def kv_bytes_per_token(self) -> int:
         """Keys and values of one token in bf16, all layers."""

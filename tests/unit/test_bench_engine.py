@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.engine_report import MAX_REGRET, exit_status, ratios_line, table, wrong_arms
+from bench.engine_report import MAX_REGRET, broken_rows, exit_status, ratios_line, table, wrong_arms
 from bench.engine_rows import (
     TARGETS,
     Figure,
@@ -185,6 +185,17 @@ def test_the_exit_status_is_1_for_a_missed_target_or_wrong_tokens_only() -> None
 def test_wrong_tokens_condemn_bf16_arms_of_baton_and_nan_counts_as_wrong() -> None:
     regret = {"baton": float("nan"), "baton-int8": 9.0, "baton-tp2": MAX_REGRET / 2, "vllm": 9.0}
     assert wrong_arms(Outcome(regret=regret)) == ["baton"]
+
+
+def test_a_row_that_baton_could_not_run_is_a_fault_and_one_that_a_peer_could_not_is_none() -> None:
+    broken = Figure(ROWS["mixed"], absent={"baton": "failed: it crashed"})
+    fine = Figure(ROWS["prefill/512"], {"baton": [1.0]}, absent={"vllm": "absent"})
+    assert broken_rows(Outcome(figures={"mixed": broken, "prefill/512": fine})) == ["mixed"]
+
+
+def test_only_shapes_whose_heads_split_have_ranks() -> None:
+    assert QWEN.splits_over(2)
+    assert not LLAMA.splits_over(2)
 
 
 def test_the_table_shows_an_absent_peer_as_absent() -> None:

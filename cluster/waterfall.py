@@ -78,7 +78,7 @@ def _bars(trace: Mapping[str, Any], moments: Mapping[str, Mapping[str, float]]) 
         if begin is not None and end is not None and end >= begin:
             bars.append(_Bar(label, where, begin, end, **more))
 
-    add("route", "router", router.get("arrived"), start.get("received"))
+    add("route", "router", router.get("placed_again", router.get("arrived")), start.get("received"))
     add("queue", first_worker, start.get("received"), start.get("prefill_begin"))
     add("prefill", first_worker, start.get("prefill_begin"), start.get("prefill_end"))
     if trace.get("transfer_ms") is not None:

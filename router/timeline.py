@@ -29,6 +29,8 @@ class Timeline:
     max_tokens: int = 0
     admitted: float | None = None
     placed: float | None = None
+    placed_again: float | None = None
+    """The last attempt, if it is not the first: what its workers measured began then."""
     first_token: float | None = None
     last_token: float | None = None
     finished: float | None = None
@@ -55,6 +57,8 @@ class Timeline:
         self.moments, self.kv_bytes, self.transport, self.num_reused_tokens = {}, 0, "", 0
         if self.placed is None:
             self.placed = now
+        else:
+            self.placed_again = now
 
     def tokens(self, now: float, count: int, num_cached_tokens: int) -> None:
         """`count` tokens were delivered at once; the first of an attempt says what was cached."""
@@ -87,7 +91,7 @@ class Timeline:
         decode = self.moments.get(self.decode_worker, {})
         begun, ended = start.get("prefill_begin"), start.get("prefill_end")
         parts: dict[str, float | None] = {
-            "route": _gap(self.arrived, start.get("received", self.placed)),
+            "route": _gap(self.placed_again or self.arrived, start.get("received", self.placed)),
             "queue": _gap(start.get("received", self.placed), begun),
             "prefill": _gap(begun, ended),
             "transfer": None,
@@ -138,6 +142,7 @@ class Timeline:
             "arrived": self.arrived,
             "admitted": self.admitted,
             "placed": self.placed,
+            "placed_again": self.placed_again,
             "first_token": self.first_token,
             "last_token": self.last_token,
             "finished": self.finished,

@@ -210,14 +210,13 @@ def test_a_killed_decode_process_moves_its_stream(system: System, process: str) 
     assert_serves_again(system, victims[0], before)
 
 
-@pytest.mark.parametrize("process", ["rank 0", "front"])
-def test_a_killed_prefill_process_moves_its_prompt(system: System, process: str) -> None:
-    prompt = prompt_of(20 + len(process), 600)  # one that no worker has cached
+def test_a_killed_prefill_rank_moves_its_prompt(system: System) -> None:
+    prompt = prompt_of(2, 600)
     before = wait_until_whole(system)
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(stream, system, prompt, 20)
         victim = busy(system, "prefill")
-        kill(system, victim, process)
+        kill(system, victim, "rank 0")
         outcome = running.result()
     assert_serves_again(system, victim, before)
     assert_undisturbed(outcome, stream(system, prompt, 20).tokens)
@@ -308,7 +307,9 @@ def test_a_stopped_decode_rank_is_detected_and_does_no_harm_when_it_goes_on(syst
     try:
         outcome = stream(system, prompt_of(5), on_tokens=once(15, strike))
         assert_undisturbed(outcome, expected)
-        assert system.finished(outcome.request_id)["attempts"] == 2
+        line = system.finished(outcome.request_id)
+        assert line["attempts"] == 2
+        assert line["route_ms"] < 1000, "the parts are the last attempt's, which began when the worker had been given up"
         for seed in (6, 7, 8):  # new requests are not sent to a worker that stands still
             outcome = stream(system, prompt_of(seed), 3)
             assert outcome.is_done

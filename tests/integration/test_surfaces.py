@@ -193,9 +193,7 @@ def test_down_without_a_server_is_content(nowhere: Path) -> None:
         (("serve", "--set", "nonsense"), "key=value"),
         (("serve", "/no/such/model"), "/no/such/model"),
         (("serve", "--decode", "0"), "--decode"),
-        (("serve", "--config", "/no/such/file.yaml"), "/no/such/file.yaml"),
-        (("serve", "--device", "cuda"), "cuda"),
-        (("serve", "--api-key-file", "/no/such/keys", "--launcher", "local"), "/no/such/keys"),
+        (("serve", "--api-key-file", "/no/such/keys", "--launcher", "local", "--engine", "sim"), "/no/such/keys"),
     ],
 )
 def test_a_server_that_can_not_start_says_why_and_leaves_nothing(

@@ -63,15 +63,17 @@ class Faults:
         possible = {*_PERMANENT, ABORT} if world.mode == "liveness" else {*self._actions, *_OTHERS}
         rate_on = 0.5 if world.mode == "liveness" else ON_RATE
         on = {name: rng.random() < rate_on and name in possible for name in (*self._actions, *_OTHERS)}
+        if world.mode == "corruption":
+            on = {name: name in (WIRE, LANDING, SOURCE) for name in on}
         if only:
             on = {name: name == only for name in on}
         self.rates = {name: rate for name, rate in rates.items() if on[name]}
         self.abort_rate = rng.choice((0.05, 0.3)) if on[ABORT] else 0.0
         self.deadline_rate = rng.choice((0.05, 0.2)) if on[DEADLINE] else 0.0
         if on[WIRE]:
-            world.book.wire_rate = rng.choice((0.003, 0.03))
+            world.book.wire_rate = rng.choice((0.003, 0.03)) if world.mode != "corruption" else 0.05
         if on[LANDING]:
-            world.book.landing_rate = rng.choice((0.01, 0.1))
+            world.book.landing_rate = rng.choice((0.01, 0.1)) if world.mode != "corruption" else 0.2
         self._victims: list[str] = [shape.name for shape in world.shapes]
         self._is_permanent = world.mode == "liveness"
         if self._is_permanent:

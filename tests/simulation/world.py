@@ -24,7 +24,9 @@ from tests.simulation.worker import Known, Shape, SimWorker
 
 SAFETY: Final = "safety"
 LIVENESS: Final = "liveness"
-MODES: Final = (SAFETY, LIVENESS)
+CORRUPTION: Final = "corruption"
+MODES: Final = (SAFETY, LIVENESS, CORRUPTION)
+"""Random faults that heal; permanent faults beside a healthy pair; wrong bytes and nothing else, as many as possible."""
 
 _REST_WITHIN_S: Final = 30.0
 _PROMISE_WITHIN_S: Final = 25.0
@@ -290,7 +292,7 @@ class World:
             scheduler.at(when, lambda n=number: self._submit(n))  # type: ignore[misc]
         self.faults.begin(when)
         scheduler.run(when)
-        if self.mode == SAFETY:
+        if self.mode != LIVENESS:
             self.faults.heal()
         else:
             # What happened until here may have cost attempts; the promise holds for what comes after detection.

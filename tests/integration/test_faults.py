@@ -309,7 +309,9 @@ def test_a_stopped_decode_rank_is_detected_and_does_no_harm_when_it_goes_on(syst
         assert_undisturbed(outcome, expected)
         line = system.finished(outcome.request_id)
         assert line["attempts"] == 2
-        assert line["route_ms"] < 1000, "the parts are the last attempt's, which began when the worker had been given up"
+        assert line["route_ms"] < 1000, (
+            "the parts are the last attempt's, which began when the worker had been given up"
+        )
         for seed in (6, 7, 8):  # new requests are not sent to a worker that stands still
             outcome = stream(system, prompt_of(seed), 3)
             assert outcome.is_done

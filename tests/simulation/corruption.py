@@ -68,6 +68,8 @@ class InjectionBook:
     now: Callable[[], float]
     wire_rate: float = 0.0
     landing_rate: float = 0.0
+    source_rate: float = 0.0
+    """Of the moments right before a digest is made."""
     is_on: bool = True
     recent: deque[tuple[Data, bytes]] = field(default_factory=lambda: deque(maxlen=40))
     """Data frames of the past, as they passed on any wire."""

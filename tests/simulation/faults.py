@@ -72,6 +72,8 @@ class Faults:
         self.deadline_rate = rng.choice((0.05, 0.2)) if on[DEADLINE] else 0.0
         if on[WIRE]:
             world.book.wire_rate = rng.choice((0.003, 0.03)) if world.mode != "corruption" else 0.05
+        if on[SOURCE]:
+            world.book.source_rate = rng.choice((0.003, 0.03)) if world.mode != "corruption" else 0.06
         if on[LANDING]:
             world.book.landing_rate = rng.choice((0.01, 0.1)) if world.mode != "corruption" else 0.2
         self._victims: list[str] = [shape.name for shape in world.shapes]

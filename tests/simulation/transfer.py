@@ -52,6 +52,9 @@ class Watcher(Protocol):
     def before_write(self, view: memoryview) -> None:
         """Bytes are about to be read into memory that may be the pool's."""
 
+    def before_digest(self) -> None:
+        """A digest may be made next."""
+
     def digested(self, frame: Data) -> None:
         """A digest was made over source blocks."""
 
@@ -165,6 +168,7 @@ class SimTransferThread(TransferThread):
     def pull(self, connection: Connection) -> OutgoingFrame | None:
         """As production; the watcher sees what a digest was made over."""
         self._watcher.preempt()
+        self._watcher.before_digest()
         outgoing = super().pull(connection)
         if outgoing is not None:
             self._watcher.digested(outgoing.message)

@@ -253,6 +253,12 @@ class Rank:
         if place is not None and not self._worker.is_writable({place[1]}):
             self._worker.breach("INV-9", f"rank {self.tp_rank} writes into block {place[1]} that no transfer holds")
 
+    def before_digest(self) -> None:
+        """The moment at which wrong bytes in the source are the likeliest to travel."""
+        book = self._world.book
+        if book.source_rate and book.is_on and self._world.rng.random() < book.source_rate:
+            self._worker.spoil_source()
+
     def digested(self, frame: Data) -> None:
         """INV-8: a digest vouches for blocks, so they must still be the sequence's own."""
         known = self._world.known.get(frame.transfer_id)
@@ -585,8 +591,11 @@ class SimWorker:
     def spoil_source(self) -> bool:
         """Put wrong bytes into KV that is being handed over, before its digest is made; False if there is none."""
         rng = self.world.rng
-        sendings = [s for s in self.leader._sending._by_attempt.values() if s.num_written and s.request]
-        sendings = [s for s in sendings if s.request.attempt_id in self.engine._seqs]
+        sendings = [
+            sending
+            for sending in self.leader._sending._by_attempt.values()
+            if sending.num_written and sending.request.attempt_id in self.engine._seqs
+        ]
         if not sendings:
             return False
         sending = rng.choice(sendings)

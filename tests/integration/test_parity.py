@@ -22,6 +22,8 @@ from tests.support.byte_tokenizer import write_byte_tokenizer
 from tests.support.system import System, generate, serve
 from tests.support.tiny_models import VOCAB_SIZE, load_reference, make_model, random_prompt, reference_greedy
 
+pytestmark = pytest.mark.timeout(240)  # the first of a family also loads transformers and generates the reference
+
 NUM_TOKENS = 20
 MANY_TOKENS = 60  # grows a sequence by four blocks
 SHM, TCP = ("--set", "transfer.transports=[shm,tcp]"), ("--set", "transfer.transports=[tcp]")

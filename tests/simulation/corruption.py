@@ -93,11 +93,11 @@ class InjectionBook:
         if earlier is None:
             self._payloads[name] = Injection(BELOW, kind)
 
-    def arrived(self, name: FrameName, *, verified: bool) -> None:
-        """A receiver has judged a frame."""
+    def arrived(self, name: FrameName, *, verified: bool, is_right: bool) -> None:
+        """A receiver has judged a frame. Two injections may have undone each other: then it is right."""
         injection = self._payloads.pop(name, None)
         if injection is not None:
-            self.close(injection, "missed" if verified else "detected")
+            self.close(injection, "detected" if not verified else "moot" if is_right else "missed")
 
     # Frames.
 
@@ -152,11 +152,12 @@ class InjectionBook:
         for injection in self._taints.get((worker, rank), {}).get(block, ()):
             self.close(injection, "detected")
 
-    def settle(self) -> None:
-        """The run is over."""
+    def settle(self, is_inside_frame: Callable[[Pipe], bool]) -> None:
+        """The run is over. A reader that is inside a frame may be swallowing what follows, and has accepted nothing."""
         for item in self._on_wire:
-            must_know = item.certain_at is not None and item.pipe.num_read >= item.certain_at
-            self.close(item.injection, "missed" if must_know and not item.pipe.is_refused else "moot")
+            has_read = item.certain_at is not None and item.pipe.num_read >= item.certain_at
+            is_open = not item.pipe.is_refused and not is_inside_frame(item.pipe)
+            self.close(item.injection, "missed" if has_read and is_open else "moot")
         for injection in [*self._payloads.values(), *self._above]:
             self.close(injection, "moot")
 

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 ON_RATE: Final = 0.35
 """Part of the seeds in which a kind of fault is switched on."""
 
+_DELAY_S: Final = 0.25
+
 WIRE: Final = "corruption on the wire"
 LANDING: Final = "corruption between digest and verification"
 SOURCE: Final = "corruption above the digest"
@@ -180,17 +182,17 @@ class Faults:
         return self._cut(self._world.rng.choice((routes, routes[:1], routes[1:])))
 
     def _delay(self) -> bool:
-        if self._is_permanent:
-            return False
         conditions = self._world.network.conditions
         low, high = usual = conditions.latency_s
-        conditions.latency_s = (low * 10, high * 60)
+        if high >= _DELAY_S:
+            return False
+        conditions.latency_s = (low * 10, _DELAY_S)
 
         def undo() -> None:
             conditions.latency_s = usual
 
         self._later(0.05, 1.0, undo)
-        return high < 0.05
+        return True
 
     def _pause(self) -> bool:
         worker = self._victim()

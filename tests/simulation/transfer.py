@@ -19,9 +19,10 @@ from baton.clock import Clock
 from kvtransfer.api import EndpointConfig, PeerRank, SendRequest
 from kvtransfer.arrival import Arrival
 from kvtransfer.auth import Acceptor, Connector
-from kvtransfer.connection import Connection, Dialling, Role
+from kvtransfer.connection import Connection, Dialling
 from kvtransfer.endpoint import Endpoint
 from kvtransfer.faults import FaultHook
+from kvtransfer.frames import HEAD_BYTES
 from kvtransfer.lanes import Landing
 from kvtransfer.link import OutgoingFrame
 from kvtransfer.messages import Data
@@ -242,9 +243,10 @@ class SimEndpoint(Endpoint):
             self._thread.shut_down("the endpoint was closed")
 
 
-def is_receiver(connection: Connection) -> bool:
-    """Does this rank receive KV on the connection?"""
-    return connection.role is Role.RECEIVER
+def is_inside_frame(connection: Connection) -> bool:
+    """Has the reader begun a frame whose end it has not seen?"""
+    reader = connection.link._reader
+    return reader._advance != reader._head_read or len(reader._pending[0]) < HEAD_BYTES
 
 
 def address_of(view: memoryview) -> int:

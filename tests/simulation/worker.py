@@ -10,11 +10,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
+import numpy as np
+import numpy.typing as npt
+
 from baton.kv_layout import UNIT_TOKENS, KVGeometry, KVLayout, ModelKV
 from baton.prefix_hash import PrefixHasher
 from engine.engine import LocalEngine
 from engine.sim import CostModel, SimRunner, TellTaleMismatch
-from engine.types import EngineConfig, SeqState
+from engine.telltale import Words
+from engine.types import BatchEntry, EngineConfig, SeqState
 from kvtransfer.api import EndpointConfig, PeerRank, PeerWorker, SendRequest, TransferId
 from kvtransfer.arrival import Arrival
 from kvtransfer.connection import Connection
@@ -159,6 +163,29 @@ class _FrontChannel(SimChannel):
         self._hear(unpack(pack(message)))
 
 
+class KnowingRunner(SimRunner):
+    """A SimRunner that also knows which tokens a sequence has.
+
+    By itself it can tell that KV belongs to no sequence; only with the tokens, that it belongs to another one.
+    """
+
+    tokens_of: Callable[[BatchEntry], tuple[int, ...] | None]
+
+    def _verified_states(self, entry: BatchEntry, table: npt.NDArray[np.int64], num_tokens: int) -> Words:
+        states = super()._verified_states(entry, table, num_tokens)
+        tokens = self.tokens_of(entry)
+        if tokens is not None:
+            wanted = oracle.states(self.layout.model, entry.tenant, entry.salt, tokens)[:num_tokens]
+            self._check(entry, 0, 0, states.reshape(-1)[: len(wanted)] == wanted)
+        return states
+
+
+def _tokens_of(frame: Data, known: Known) -> range:
+    """Positions that a frame carries."""
+    first = frame.first_unit * UNIT_TOKENS
+    return range(first, min(first + frame.num_units * UNIT_TOKENS, len(known.tokens)))
+
+
 class Rank:
     """One rank: a process with an engine thread and a transfer thread, and the guard of its pool's memory."""
 
@@ -170,7 +197,7 @@ class Rank:
         self.process: Final = Process(f"{worker.key}#{tp_rank}")
         geometry = KVGeometry(shape.tp_size, shape.block_size, shape.num_blocks)
         self.layout: Final = KVLayout(world.model, geometry, tp_rank)
-        self.runner: Final = SimRunner(
+        self.runner: Final = KnowingRunner(
             self.layout,
             oracle.VOCAB_SIZE,
             cost=world.costs,
@@ -178,6 +205,7 @@ class Rank:
             sleep=self._compute,
             verify_all=True,
         )
+        self.runner.tokens_of = worker.tokens_of
         buffer = self.runner.kv_buffer()
         self.view: Final = PoolView(self.layout, buffer)
         self.pool_bytes: Final = buffer
@@ -271,44 +299,40 @@ class Rank:
             self._worker.breach("INV-9", f"rank {self.tp_rank} fetches into blocks that no transfer holds")
 
     def arrived(self, connection: Connection, arrival: Arrival) -> None:
-        """Compare a verified frame with what the request's own tokens make it."""
-        frame, book = arrival.frame, self._world.book
+        """Compare a frame with what the request's own tokens make it; if it was verified, it must be that."""
+        frame, book, world = arrival.frame, self._world.book, self._world
         verified = arrival.is_verified
-        book.arrived(name_of(frame), verified=verified)
-        known = self._world.known.get(frame.transfer_id)
+        known = world.known.get(frame.transfer_id)
+        table = self._worker.grants.get(frame.transfer_id)
+        is_right = known is not None and table is not None and self._is_right(connection, frame, known, table)
+        book.arrived(name_of(frame), verified=verified, is_right=is_right)
         if not verified or known is None:
             return
-        table = self._worker.grants.get(frame.transfer_id)
-        states = oracle.states(self._world.model, known.tenant, known.salt, known.tokens)
-        first = frame.first_unit * UNIT_TOKENS
-        tokens = range(first, min(first + frame.num_units * UNIT_TOKENS, len(known.tokens)))
-        plan = connection.session.plan if connection.session is not None else None
-        assert plan is not None
-        is_right = table is not None
-        for layer in range(frame.first_layer, frame.first_layer + frame.num_layers):
-            side = plan.destination_sides[layer]
-            heads = slice(side.first_head, side.first_head + side.num_heads)
-            if table is not None and not self.view.is_right(layer, table, tokens, states, heads):
-                is_right = False
-        is_tainted = False
-        if not is_right and table is not None and book.is_tainted(known.source):
-            is_tainted = True
-            source_size, size = plan.source.geometry.block_size, self.layout.geometry.block_size
+        self._worker.num_landed += 1
+        is_granted = self._worker.is_writable(self._blocks_of(arrival.landing))
+        if is_right and is_granted:
+            return
+        is_tainted = table is not None and book.is_tainted(known.source)
+        if is_tainted and table is not None and connection.session is not None:
+            tokens = _tokens_of(frame, known)
+            source_size, size = connection.session.plan.source.geometry.block_size, self.layout.geometry.block_size
             source = {known.block_table[position // source_size] for position in tokens}
             book.spread(known.source, source, self._worker.key, self.tp_rank, {table[p // size] for p in tokens})
-        is_granted = self._worker.is_writable(self._blocks_of(arrival.landing))
-        if not (is_right and is_granted):
-            self._world.tell(
-                history.Landed(
-                    self._world.scheduler.now(),
-                    f"{self._worker.key}#{self.tp_rank}",
-                    frame.transfer_id.hex()[:8],
-                    is_right,
-                    is_granted,
-                    is_tainted,
-                )
-            )
-        self._worker.num_landed += 1
+        name = f"{self._worker.key}#{self.tp_rank}"
+        transfer = frame.transfer_id.hex()[:8]
+        world.tell(history.Landed(world.scheduler.now(), name, transfer, is_right, is_granted, is_tainted))
+
+    def _is_right(self, connection: Connection, frame: Data, known: Known, table: tuple[int, ...]) -> bool:
+        """Are the bytes that a frame brought what the request's tokens make them?"""
+        assert connection.session is not None
+        states = oracle.states(self._world.model, known.tenant, known.salt, known.tokens)
+        tokens = _tokens_of(frame, known)
+        for layer in range(frame.first_layer, frame.first_layer + frame.num_layers):
+            side = connection.session.plan.destination_sides[layer]
+            heads = slice(side.first_head, side.first_head + side.num_heads)
+            if not self.view.is_right(layer, table, tokens, states, heads):
+                return False
+        return True
 
     def link_lost(self, connection: Connection, sock: SimSocket, reason: str) -> None:
         """Injected corruption on the way here has been noticed, or will never be."""
@@ -510,6 +534,11 @@ class SimWorker:
             if seq.state in _WRITABLE and blocks <= set(seq.block_table):
                 return all(pool.num_holds(block) == 1 and pool.key_of(block) is None for block in blocks)
         return False
+
+    def tokens_of(self, entry: BatchEntry) -> tuple[int, ...] | None:
+        """The tokens whose KV a step leaves in the pool; None if the sequence has ended meanwhile (a late follower)."""
+        seq = self.engine._seqs.get(entry.attempt_id)
+        return None if seq is None else tuple(seq.token_ids[: entry.start + len(entry.token_ids)])
 
     def holds(self, known: Known) -> bool:
         """Does the sequence of a transfer that this worker sends still hold its source blocks?"""

@@ -17,8 +17,9 @@ from tests.simulation import history, oracle
 from tests.simulation.checker import Checker, Violation
 from tests.simulation.corruption import FrameTap, InjectionBook
 from tests.simulation.faults import Faults
-from tests.simulation.network import Conditions, Network, SimSocket
+from tests.simulation.network import Conditions, Network, Pipe, SimSocket
 from tests.simulation.router import Request, Router
+from tests.simulation.transfer import is_inside_frame
 from tests.simulation.virtual_time import Scheduler
 from tests.simulation.worker import Known, Shape, SimWorker
 
@@ -302,8 +303,17 @@ class World:
         self.is_closing = True
         for worker in self._judged:
             self.tell(worker.rest(self.sequences))
-        self.book.settle()
+        self.book.settle(self._is_inside_frame)
         self.tell(history.Over(scheduler.now()))
+
+    def _is_inside_frame(self, pipe: Pipe) -> bool:
+        """Is whoever reads this pipe in the middle of a frame (or gone)?"""
+        for worker in self.live_workers:
+            for rank in worker.ranks:
+                for connection in rank.endpoint.thread.connections:
+                    if connection._sock is pipe.reader:  # type: ignore[comparison-overlap]
+                        return is_inside_frame(connection)
+        return True
 
     @property
     def _judged(self) -> list[SimWorker]:

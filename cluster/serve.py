@@ -27,6 +27,7 @@ from cluster.run_dir import RunDir
 from cluster.supervisor import Supervisor
 from cluster.topology import Modules, Orders
 from cluster.unit import Launcher, StartFailed
+from router.api_keys import load_api_keys
 
 MODULES_ENV: Final = "BATON_MODULES"
 """For tests: "router=tests.support.stub_process,prefill=..." replaces what is run."""
@@ -71,6 +72,7 @@ def _build(request: Request, console: Console) -> Supervisor:
     start_up = StartUp(request.began)
     config = load_config(request.config_file, request.settings)
     check_ports(config)
+    _check_api_keys(config)
     secret = _take_secret(config)
     model = topology.resolve_model(config, lambda hub_id: console.say(f"downloading {hub_id}"))
     workers = topology.plan_workers(config, sorted(os.sched_getaffinity(0)))
@@ -83,6 +85,15 @@ def _build(request: Request, console: Console) -> Supervisor:
     request.run.write_state(token=auth.worker_token(secret), model=model.name)
     orders = Orders(config, model, secret, _modules())
     return Supervisor(config, model, workers, orders, launcher, local, console, request.run, start_up)
+
+
+def _check_api_keys(config: Config) -> None:
+    """What the router would find out after everything else has started."""
+    path = config.router.api_key_file
+    try:
+        load_api_keys(None if path is None else str(Path(path).expanduser()))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"router.api_key_file: {error}") from error
 
 
 def _take_secret(config: Config) -> bytes:

@@ -8,6 +8,7 @@ under a name of its own and renames.
 from __future__ import annotations
 
 import enum
+import fcntl
 import functools
 import hashlib
 import logging
@@ -84,26 +85,31 @@ def built(isa: Isa) -> Path:
     path = _cache_dir() / f"{_digest(version, flags)}.so"
     if path.exists():
         return path
-    began_s = time.monotonic()
-    log.info("compiling the CPU kernels", extra={"isa": str(isa), "compiler": compiler})
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".so")
-        os.close(fd)
-    except OSError as error:
-        raise KernelsUnavailable(f"the kernels can not be cached in {path.parent}: {error}") from error
+        with open(path.parent / ".lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # ranks that start together compile once
+            if not path.exists():
+                _compile(compiler, flags, isa, path)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise KernelsUnavailable(f"the kernels can not be built in {path.parent}: {error}") from error
+    return path
+
+
+def _compile(compiler: str, flags: tuple[str, ...], isa: Isa, path: Path) -> None:
+    began_s = time.monotonic()
+    log.info("compiling the CPU kernels", extra={"isa": str(isa), "compiler": compiler})
+    fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".so")
+    os.close(fd)
     try:
         command = [compiler, *flags, str(SOURCES / "kernels.cpp"), "-o", temporary]
         done = subprocess.run(command, capture_output=True, text=True, timeout=_BUILD_TIMEOUT_S, check=False)
         if done.returncode:
             raise KernelsUnavailable(f"{compiler} can not compile the kernels: {done.stderr.strip()[-2000:]}")
         Path(temporary).replace(path)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise KernelsUnavailable(f"the kernels could not be compiled: {error}") from error
     finally:
         Path(temporary).unlink(missing_ok=True)
     log.info("the CPU kernels are compiled", extra={"seconds": round(time.monotonic() - began_s, 1), "path": str(path)})
-    return path
 
 
 def _flags(isa: Isa) -> tuple[str, ...]:

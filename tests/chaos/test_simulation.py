@@ -11,9 +11,9 @@ from tests.simulation import history
 from tests.simulation.checker import check
 from tests.simulation.faults import LANDING, NONE, SOURCE, WIRE
 from tests.simulation.run import committed_seeds, reproducer
-from tests.simulation.world import LIVENESS, MODES, SAFETY, Options, World, simulate
+from tests.simulation.world import CORRUPTION, LIVENESS, MODES, SAFETY, Options, World, simulate
 
-NUM_FRESH: int = int(os.environ.get("BATON_SIMULATION_SEEDS", "40"))
+NUM_FRESH: int = int(os.environ.get("BATON_SIMULATION_SEEDS", "32"))
 """Per mode. Fresh in every run of the tests: a failure prints its reproducer."""
 
 
@@ -58,7 +58,7 @@ def test_without_faults_every_request_ends_with_its_tokens() -> None:
 def test_corruption_is_reported_when_digests_are_switched_off(fault: str) -> None:
     found: set[str] = set()
     for seed in range(40):
-        report = simulate(seed, SAFETY, Options(only_fault=fault, verify=False))
+        report = simulate(seed, CORRUPTION, Options(only_fault=fault, verify=False))
         found |= {violation.invariant for violation in report.violations}
         if {"INV-7", "INV-10"} <= found:
             break
@@ -68,8 +68,8 @@ def test_corruption_is_reported_when_digests_are_switched_off(fault: str) -> Non
 @pytest.mark.parametrize("fault", [LANDING, WIRE])
 def test_digests_and_tags_refuse_every_corruption_below_them(fault: str) -> None:
     num_detected = 0
-    for seed in range(16):
-        report = simulate(seed, SAFETY, Options(only_fault=fault))
+    for seed in range(5):
+        report = simulate(seed, CORRUPTION, Options(only_fault=fault))
         assert not report.violations, report.violations
         num_detected += sum(n for name, n in report.injections.items() if name.endswith("detected"))
     assert num_detected > 30
@@ -77,8 +77,8 @@ def test_digests_and_tags_refuse_every_corruption_below_them(fault: str) -> None
 
 def test_the_tell_tale_catches_what_was_wrong_before_the_digest() -> None:
     num_mismatches = 0
-    for seed in range(12):
-        report = simulate(seed, SAFETY, Options(only_fault=SOURCE))
+    for seed in range(6):
+        report = simulate(seed, CORRUPTION, Options(only_fault=SOURCE))
         assert not report.violations, report.violations
         num_mismatches += report.injections["tell-tale"]
     assert num_mismatches > 5

@@ -232,6 +232,7 @@ class SendSide:
             case Grant(_, first_token):
                 self._granted(transfer, now, key, first_token)
             case Refuse(_, code, text) if self._between_leaders(key) and not transfer.is_granted:
+                self._tell_abort(transfer, AbortCode.ABORTED, "the leader refused", except_key=key)
                 self._end(transfer, now, Refused(message.transfer_id, code, text))
             case Complete() if self._between_leaders(key) and transfer.is_granted:
                 self._end(transfer, now, Completed(message.transfer_id))

@@ -308,7 +308,7 @@ def test_request_ids_come_in_and_go_out() -> None:
         wish = {"prompt": "a", "max_tokens": 1}
         answer = await here.http.post("/v1/completions", json=wish, headers={"x-request-id": "mine-1"})
         assert answer.headers["x-request-id"] == "mine-1"
-        answer = await here.http.post("/v1/completions", json=wish, headers={"x-request-id": "not nice\x01"})
+        answer = await here.http.post("/v1/completions", json=wish, headers={"x-request-id": "not nice"})
         assert answer.json()["id"] == f"cmpl-{answer.headers['x-request-id']}"
 
     run(pair, scenario)

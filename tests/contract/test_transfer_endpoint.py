@@ -308,6 +308,17 @@ def test_a_refused_transfer_is_over_and_the_code_arrives(lab: Lab) -> None:
     transfer(source, destination)
 
 
+def test_a_refusal_by_the_leader_reaches_the_followers_that_were_announced_to(lab: Lab) -> None:
+    source, destination = lab.worker("p"), lab.worker("d", tp_size=2)
+    transfer(source, destination)  # every link is up, so the next announcement is there at once
+    transfer_id = open_send(source, destination, 40, [1, 2, 3])
+    destination.leader.expect(ReserveRequested, transfer_id)
+    destination.ranks[1].wait_for(lambda: destination.ranks[1].endpoint.stats().open_receives == 1)
+    destination.leader.endpoint.refuse(transfer_id, "overloaded", "no blocks")
+    source.leader.expect(Refused, transfer_id)
+    assert_quiet(source, destination)
+
+
 def test_another_clusters_secret_is_refused_with_that_reason(lab: Lab) -> None:
     source, destination = lab.worker("p", secret=b"x" * 32), lab.worker("d")
     transfer_id = open_send(source, destination, 40, [1, 2, 3])

@@ -564,6 +564,7 @@ class Life:
         if first.finish_reason is not None:
             self.engine.abort(req.attempt_id)
             self.quarantined.append(req.attempt_id)
+            self.sender.release(req.attempt_id)
         else:
             self.receiving[req.attempt_id] = (reservation, first)
             self.alive[req.attempt_id] = (which, req)
@@ -615,7 +616,7 @@ class Life:
             event.index + 1 == req.sampling.max_tokens or len(PROMPTS[which]) + event.index + 1 == self.engine.max_len
         )
         assert (event.finish_reason is FinishReason.LENGTH) == is_last
-        if is_last:
+        if is_last and event.attempt_id not in self.held:
             self.forget(event.attempt_id)
 
     def forget(self, attempt_id: AttemptId) -> None:

@@ -88,6 +88,8 @@ class Attempt:
         self._from_decode = 0
         self._early: list[TokenEvent] = []
         self._refused: dict[str, None] = {}
+        self._unreachable: dict[str, None] = {}
+        """Decode workers to which the KV could not be brought: they are not asked again."""
         self._num_refusals = 0
         self.blamed: list[str] = []
 
@@ -156,14 +158,16 @@ class Attempt:
         if self._needs(session):
             self.fail("worker_lost", [session.worker.key])
 
-    def on_refused(self, worker_id: str) -> None:
-        """The decode worker had no room."""
+    def on_refused(self, worker_id: str, code: str) -> None:
+        """The decode worker had no room, or the KV did not get there."""
         decode = self.decode
         if self.is_closed or decode is None or decode is self.start or decode.worker.shape.name != worker_id:
             return
         if not self._needs(decode):
             return
         self._refused[decode.worker.key] = None
+        if code == TransferError.code:
+            self._unreachable[decode.worker.key] = None
         decode.attempts.pop(self.id, None)
         self.decode = None
         self._num_refusals += 1
@@ -174,9 +178,12 @@ class Attempt:
             return
         router = self.router
         others = [s for s in router.usable("decode") if s is not self.start]
-        if not others:
-            self.fail("unavailable", list(self._refused))
+        reachable = [session for session in others if session.worker.key not in self._unreachable]
+        if not reachable:
+            is_cut_off = bool(others)  # the one who can reach none of them is the one to avoid
+            self.fail(TransferError.code if is_cut_off else "unavailable", [self.start.worker.key])
             return
+        others = reachable
         fresh = [session for session in others if session.worker.key not in self._refused]
         if not fresh:
             self._refused.clear()
@@ -307,10 +314,10 @@ class Router:
                 attempt = session.attempts.get(name)
                 if attempt is not None:
                     attempt.on_failed(session, code)
-            case ["refused", name, worker_id, _, _]:
+            case ["refused", name, worker_id, code, _]:
                 attempt = session.attempts.get(name)
                 if attempt is not None:
-                    attempt.on_refused(worker_id)
+                    attempt.on_refused(worker_id, code)
             case ["timeline", *_]:
                 pass
             case _:

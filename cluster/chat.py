@@ -64,6 +64,11 @@ def _questions(is_interactive: bool) -> Iterator[str]:
         yield question
 
 
+_SIM_MODEL_NAME: Final = "baton-sim"
+_SIM_MAX_TOKENS: Final = 64
+"""A simulated model never ends its answer by itself."""
+
+
 class Chat:
     """One conversation."""
 
@@ -80,6 +85,8 @@ class Chat:
         if not models:
             raise ClientError(f"{connection.url} serves no model")
         self.model = str(models[0]["id"])
+        if self.model == _SIM_MODEL_NAME:
+            self._options.setdefault("max_tokens", _SIM_MAX_TOKENS)
 
     @property
     def url(self) -> str:

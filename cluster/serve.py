@@ -75,6 +75,7 @@ def _build(request: Request, console: Console) -> Supervisor:
     _check_api_keys(config)
     secret = _take_secret(config)
     model = topology.resolve_model(config, lambda hub_id: console.say(f"downloading {hub_id}"))
+    topology.check_fit(config, model)
     workers = topology.plan_workers(config, sorted(os.sched_getaffinity(0)))
     local = LocalLauncher(request.run.logs)
     launcher: Launcher = local

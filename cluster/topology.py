@@ -13,6 +13,7 @@ from baton.config import DEMO_MODEL_DIR, DEMO_MODEL_NAME, Config, ConfigError
 from cluster.host import ProcessOrder
 from cluster.run_dir import RunDir
 from cluster.unit import Place, UnitOrder
+from engine.model_config import check_split, read_model_config
 
 _HUB_ID: Final = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES: Final = ("*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model")
@@ -105,6 +106,40 @@ def resolve_model(config: Config, on_download: Callable[[str], None] = lambda hu
         on_download(wanted)
         return ModelChoice(_download(wanted), name or wanted)
     raise ConfigError(f"model.path: {wanted}: no such directory")
+
+
+def check_fit(config: Config, model: ModelChoice) -> None:
+    """Refuse at once what every rank would refuse after its start: a model or sizes that do not go together.
+
+    Raises:
+        ConfigError: names the key.
+    """
+    ranks = [config.topology.tp] * (config.topology.decode + config.topology.mixed)
+    ranks += [config.topology.prefill_tp or config.topology.tp] * config.topology.prefill
+    pools_bytes = (config.engine.kv_cache_bytes or 0) * sum(ranks)
+    if config.cluster.address is None and pools_bytes > (available := _available_bytes()):
+        raise ConfigError(
+            f"engine.kv_cache_bytes: {sum(ranks)} ranks would take {pools_bytes} bytes; {available} are available"
+        )
+    if config.engine.kind == "sim":
+        return
+    try:
+        shape = read_model_config(model.path)
+        for tp_size in sorted(set(ranks)):
+            check_split(shape, tp_size)
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"{model.path}: {error}") from error
+    asked, possible = config.model.max_model_len, shape.max_position_embeddings
+    if asked is not None and asked > possible:
+        raise ConfigError(f"model.max_model_len: {asked} is more than the model's {possible} positions")
+
+
+def _available_bytes() -> int:
+    """Memory that can be had without swapping."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise OSError("/proc/meminfo does not say how much memory is available")
 
 
 def _model_dir(path: Path) -> str:

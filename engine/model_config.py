@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from baton.kv_layout import kv_head_range
+
 
 class ModelUnsupported(ValueError):
     """The model directory asks for something that this engine does not compute; the message names it."""
@@ -105,6 +107,17 @@ _ARCHITECTURE_OF_TYPE: Final = {
     "qwen3": "Qwen3ForCausalLM",
 }
 _DTYPES: Final = ("float32", "bfloat16", "float16")
+
+
+def check_split(config: ModelConfig, tp_size: int) -> None:
+    """Raises ModelUnsupported if the model can not be split over `tp_size` ranks."""
+    for count, what in ((config.num_heads, "attention heads"), (config.intermediate_size, "MLP columns")):
+        if count % tp_size:
+            raise ModelUnsupported(f"{count} {what} can not be split over {tp_size} ranks")
+    try:
+        kv_head_range(config.num_kv_heads, tp_size, 0)
+    except ValueError as error:
+        raise ModelUnsupported(str(error)) from error
 
 
 def read_model_config(model_dir: str | Path) -> ModelConfig:

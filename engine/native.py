@@ -19,8 +19,8 @@ from engine.cpu_fast import FastDecoder, Greedy
 from engine.kernels.build import KernelsUnavailable
 from engine.kv_pool import TORCH_DTYPES, MemfdPool
 from engine.layers.linear import TorchLinears
-from engine.model_config import ModelConfig, ModelUnsupported, read_model_config
-from engine.models.decoder import Decoder, check_split, optional_tensors, tensor_shapes
+from engine.model_config import ModelConfig, ModelUnsupported, check_split, read_model_config
+from engine.models.decoder import Decoder, optional_tensors, tensor_shapes
 from engine.plan_codec import decode_plan, encode_plan
 from engine.sampler import NonFiniteLogits, is_plain_greedy, sample
 from engine.types import BatchEntry, Sampled, StepFailed, StepHook, StepPlan

@@ -43,6 +43,7 @@ from kvtransfer.protocol import RECEIVE_NEXT, Action, CloseLink, Emit, EndedTran
 _NOBODY = LinkKey("", "", -1)
 """Stands for the peer of a transfer that was granted before anybody announced it."""
 _COMPLETED = "completed"
+_REFUSED = "refused: "
 
 
 @dataclass(slots=True)
@@ -150,7 +151,7 @@ class ReceiveSide:
         if transfer is None or transfer.state is not ReceiveState.REQUESTED:
             return
         self._send(transfer.key(0), Refuse(transfer_id, code, message[:200]))
-        self._end(transfer, now, f"refused: {message}")
+        self._end(transfer, now, _REFUSED + message)
 
     def complete(self, now: float, transfer_id: TransferId) -> None:
         """Leader: every rank has everything: tell the sender and forget the transfer."""
@@ -361,7 +362,8 @@ class ReceiveSide:
     def _announce(self, now: float, key: LinkKey, transfer_id: TransferId, num_tokens: int) -> _Transfer | None:
         ended = self._ended.get(transfer_id)
         if ended is not None:
-            if ended.reason != _COMPLETED:
+            # After a refusal the leaders speak: an Abort to another rank would overtake the Refuse and hide its code.
+            if ended.reason != _COMPLETED and not ended.reason.startswith(_REFUSED):
                 self._send(key, Abort(transfer_id, AbortCode.ABORTED, ended.reason[:200]))
             return None
         if num_tokens == 0 or len(self._leases.watched(key)) >= MAX_NAMED_TRANSFERS:

@@ -23,7 +23,7 @@ from engine.comm import Comm
 from engine.layers.linear import Linear, LinearBackend
 from engine.layers.norm import rms_norm
 from engine.layers.rope import RotaryEmbedding, rotate
-from engine.model_config import ModelConfig, ModelUnsupported
+from engine.model_config import ModelConfig
 from engine.weights import WeightSource
 
 _EMBEDDING = "model.embed_tokens.weight"
@@ -65,17 +65,6 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 def optional_tensors(config: ModelConfig) -> frozenset[str]:
     """Names that a checkpoint may leave out: the output head, if the embedding serves as one."""
     return frozenset({_HEAD}) if config.tie_word_embeddings else frozenset()
-
-
-def check_split(config: ModelConfig, tp_size: int) -> None:
-    """Raises ModelUnsupported if the model can not be split over `tp_size` ranks."""
-    for count, what in ((config.num_heads, "attention heads"), (config.intermediate_size, "MLP columns")):
-        if count % tp_size:
-            raise ModelUnsupported(f"{count} {what} can not be split over {tp_size} ranks")
-    try:
-        kv_head_range(config.num_kv_heads, tp_size, 0)
-    except ValueError as error:
-        raise ModelUnsupported(str(error)) from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -99,6 +99,7 @@ def test_a_worker_that_loses_a_process_comes_back_as_a_new_incarnation(process: 
         server.wait_ready()
         before = server.unit("decode-0")
         untouched = server.unit("decode-1")
+        server.wait_for(lambda: len(_fleets(server)[-1]) == 3)  # the router's stub may be slower to write than to serve
         addresses = _fleets(server)[-1]
         os.kill(before["pids"][process], signal.SIGKILL)
         server.wait_for(

@@ -132,6 +132,7 @@ def test_a_router_that_dies_comes_back_on_its_ports_and_knows_the_fleet() -> Non
     with StubServer() as server:
         server.wait_ready()
         before, url = server.unit("router"), server.state["http_url"]
+        server.wait_for(lambda: any(len(fleet) == 2 for fleet in _fleets(server)))
         fleet = _fleets(server)[-1]
         os.kill(before["pids"]["router"], signal.SIGKILL)
         server.wait_for(lambda: server.unit("router")["restarts"] == 1 and server.unit("router")["state"] == "ready")

@@ -189,6 +189,11 @@ class WorkerLink:
                 pb.GetStatusRequest(), metadata=self._metadata, timeout=timeout_s
             )
             return status
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            raise WorkerLost("its connection was closed") from None  # by `run`: that cancels the call, not the caller
         except grpc.aio.AioRpcError as error:
             raise WorkerLost(f"{error.code().name}: {error.details()}") from error
 

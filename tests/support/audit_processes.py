@@ -75,7 +75,8 @@ def is_loopback(address: str) -> bool:
 
 
 def _shared_memory() -> frozenset[str]:
-    return frozenset(os.listdir("/dev/shm"))
+    # Other programs of this machine make semaphores of this name at any time; Baton and Ray make none.
+    return frozenset(name for name in os.listdir("/dev/shm") if not name.startswith("sem.mp-"))
 
 
 def _state(pid: int) -> str:

@@ -13,7 +13,7 @@ from tests.simulation.faults import LANDING, NONE, SOURCE, WIRE
 from tests.simulation.run import committed_seeds, reproducer
 from tests.simulation.world import CORRUPTION, LIVENESS, MODES, SAFETY, Options, World, simulate
 
-NUM_FRESH: int = int(os.environ.get("BATON_SIMULATION_SEEDS", "32"))
+NUM_FRESH: int = int(os.environ.get("BATON_SIMULATION_SEEDS", "80"))
 """Per mode. Fresh in every run of the tests: a failure prints its reproducer."""
 
 

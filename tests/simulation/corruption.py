@@ -93,11 +93,12 @@ class InjectionBook:
         if earlier is None:
             self._payloads[name] = Injection(BELOW, kind)
 
-    def arrived(self, name: FrameName, *, verified: bool, is_right: bool) -> None:
-        """A receiver has judged a frame. Two injections may have undone each other: then it is right."""
+    def arrived(self, name: FrameName, *, verified: bool, is_right: bool) -> bool:
+        """A receiver has judged a frame; was it spoilt? Two injections may have undone each other: then it is right."""
         injection = self._payloads.pop(name, None)
         if injection is not None:
             self.close(injection, "detected" if not verified else "moot" if is_right else "missed")
+        return injection is not None
 
     # Frames.
 

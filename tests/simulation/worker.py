@@ -305,8 +305,14 @@ class Rank:
         known = world.known.get(frame.transfer_id)
         table = self._worker.grants.get(frame.transfer_id)
         is_right = known is not None and table is not None and self._is_right(connection, frame, known, table)
-        book.arrived(name_of(frame), verified=verified, is_right=is_right)
-        if not verified or known is None:
+        was_spoilt = book.arrived(name_of(frame), verified=verified, is_right=is_right)
+        if known is None:
+            return
+        if not verified:
+            # Fetched bytes may be late, and wire faults change what is taken for a payload; else it is a false alarm.
+            is_clean = not (was_spoilt or connection.is_fetched or book.wire_rate or book.is_tainted(known.source))
+            if is_clean:
+                self._worker.breach("INV-7", f"rank {self.tp_rank} refused a frame that nobody had spoilt")
             return
         self._worker.num_landed += 1
         is_granted = self._worker.is_writable(self._blocks_of(arrival.landing))

@@ -100,6 +100,7 @@ class RouterSection(_Section):
     max_concurrent_requests: int = Field(default=1024, ge=1)
     max_body_bytes: int = Field(default=8 * 2**20, ge=1024)
     request_timeout_s: float = Field(default=600.0, gt=0)
+    drain_s: float = Field(default=1.0, ge=0, le=3600)  # on stop, what runs may end by itself for so long
     max_attempts: int = Field(default=3, ge=1, le=10)
     local_prefill_max_tokens: int = Field(default=0, ge=0)  # uncached prompts up to this long skip the prefill worker
     trace_capacity: int = Field(default=1000, ge=1)  # finished requests that `baton trace` can show

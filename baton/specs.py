@@ -83,6 +83,7 @@ class RouterSpec:
     max_concurrent_requests: int = 1024
     max_body_bytes: int = 8 * 2**20
     request_timeout_s: float = 600.0
+    drain_s: float = 1.0
     max_attempts: int = 3
     local_prefill_max_tokens: int = 0
     trace_capacity: int = 1000

@@ -141,6 +141,10 @@ class Supervisor:
             await asyncio.sleep(_ORPHAN_S)
             process_tree.reap(before & process_tree.zombies())
 
+    def _grace_s(self, name: str) -> float:
+        """How long a healthy unit may take to end."""
+        return self._config.cluster.stop_grace_s + (self._config.router.drain_s if name == ROUTER else 0.0)
+
     async def _keep(self, name: str, start: Callable[[str], Awaitable[Unit]]) -> None:
         """Start a unit, and again whenever it ends."""
         policy = RestartPolicy()
@@ -179,7 +183,7 @@ class Supervisor:
             finally:
                 self._on_down(name)
                 is_broken = unit.state.ended.done()
-                await unit.stop(_BROKEN_GRACE_S if is_broken else self._config.cluster.stop_grace_s)
+                await unit.stop(_BROKEN_GRACE_S if is_broken else self._grace_s(name))
                 if unit.state.order.private_dir is not None:
                     shutil.rmtree(unit.state.order.private_dir, ignore_errors=True)
         except (StartFailed, TimeoutError) as error:

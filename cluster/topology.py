@@ -195,6 +195,7 @@ class Orders:
             request_timeout_s=router.request_timeout_s,
             max_attempts=router.max_attempts,
             local_prefill_max_tokens=router.local_prefill_max_tokens,
+            drain_s=router.drain_s,
             trace_capacity=router.trace_capacity,
             status=status,
             log_level=self._config.log_level,

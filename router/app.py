@@ -32,7 +32,6 @@ from router.timeline import TimelineBook
 from router.tokenizer import TextEncoder, load_tokenizer
 
 _SETTLE_S: Final = 2.0  # a first fleet whose members are not all there by then serves without them
-_DRAIN_S: Final = 1.0  # what runs may end by itself for so long
 
 
 class Router:
@@ -44,6 +43,7 @@ class Router:
         self._on_serving = on_serving
         self._is_serving = False
         self._settling: asyncio.TimerHandle | None = None
+        self._drain_s = spec.drain_s
 
         tokenizer = load_tokenizer(spec.model_dir)
         chat_template = load_chat_template(spec.model_dir)
@@ -109,10 +109,10 @@ class Router:
             self._settling = asyncio.get_running_loop().call_later(_SETTLE_S, self.fleet.settle)
 
     async def drain(self) -> None:
-        """Let what runs end by itself for a moment, then end it. Nothing new is accepted meanwhile."""
+        """Let what runs end by itself for the spec's `drain_s`. Nothing new is accepted meanwhile."""
         self.answers.refuse()
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_DRAIN_S):
+            async with asyncio.timeout(self._drain_s):
                 await self.admission.idle()
 
     def close(self) -> None:

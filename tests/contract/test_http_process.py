@@ -145,7 +145,7 @@ def test_draining_lets_short_requests_end_and_takes_no_new_ones() -> None:
         cluster = FakeCluster()
         worker = cluster.add("mixed-0", "mixed", script=Script(gate_at=2))
         await worker.start()
-        async with child() as router, httpx.AsyncClient(timeout=10) as client:
+        async with child(drain_s=30.0) as router, httpx.AsyncClient(timeout=10) as client:
             url = (await router.hear())["http_url"]
             router.tell(event="fleet", workers=cluster.fleet())
             await router.hear()
@@ -153,9 +153,9 @@ def test_draining_lets_short_requests_end_and_takes_no_new_ones() -> None:
             answer = asyncio.create_task(client.post(f"{url}/v1/completions", json=wish))
             await worker.until(lambda: bool(worker.tokens))
             router.tell(event="stop")
+            while (await client.get(f"{url}/health")).status_code == 200:
+                pass
             refused = await client.post(f"{url}/v1/completions", json=wish)
-            while refused.status_code == 200:
-                refused = await client.post(f"{url}/v1/completions", json=wish)
             assert refused.status_code == 503
             worker.gate.set()
             assert (await answer).json()["choices"][0]["text"] == "abc"

@@ -22,6 +22,7 @@ from engine.layers.linear import TorchLinears
 from engine.model_config import ModelConfig, ModelUnsupported, check_split, read_model_config
 from engine.models.decoder import Decoder, optional_tensors, tensor_shapes
 from engine.plan_codec import decode_plan, encode_plan
+from engine.progress import MeteredWeights
 from engine.sampler import NonFiniteLogits, is_plain_greedy, sample
 from engine.types import BatchEntry, Sampled, StepFailed, StepHook, StepPlan
 from engine.weights import Checkpoint, DummyWeights, WeightSource, fingerprint
@@ -92,6 +93,8 @@ class NativeRunner:
         shapes, optional = tensor_shapes(self.config), optional_tensors(self.config)
         is_dummy = load_format == "dummy"
         weights: WeightSource = DummyWeights(shapes, optional) if is_dummy else Checkpoint(model_dir, shapes, optional)
+        if self._comm.rank == 0:
+            weights = MeteredWeights(weights, shapes)
         self._pool = MemfdPool(self.layout)
         self._fast: FastDecoder | None = None
         if backend != "reference" or quantization is not None:

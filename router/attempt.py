@@ -54,7 +54,8 @@ class Attempt:
 
     With two workers the first token comes from the prefill worker and the others from the decode worker, each on its
     own stream. From the decode worker's first token on, the prefill worker is not needed any more. A decode worker
-    without room is replaced by another one; without any, the KV stays at the prefill worker until there is room.
+    without room is replaced by another one; without any, the KV stays at the prefill worker until there is room. A
+    decode worker that the KV did not reach is not asked again; a prefill worker that reaches none is given up.
     """
 
     def __init__(
@@ -86,8 +87,9 @@ class Attempt:
         self._is_finished = False  # the last token is here
         self._is_aborted = False
         self._is_closed = False
-        self._refused: set[WorkerKey] = set()
-        self._num_refusals = 0
+        self._refused: set[WorkerKey] = set()  # had no room; asked again when all others have been asked
+        self._num_refusals = 0  # for lack of room
+        self._unreachable: set[WorkerKey] = set()  # the KV did not get there; not asked again
         self._number = 0
         self._timers: list[asyncio.TimerHandle] = []
         self._speaking: set[WorkerLink] = set()  # whose moments are still to come
@@ -241,19 +243,20 @@ class Attempt:
         self._settle_if_silent()
 
     def on_refused(self, link: WorkerLink, refused: pb.ReserveRefused) -> None:
-        """The decode worker had no room: the next one, if there is one."""
+        """The decode worker had no room, or the KV did not get there: the next one, if there is one."""
         decode = self._decode
         if decode is None or decode is self._start or refused.worker_id != decode.worker_id or not self._needs(decode):
             return
         if refused.code == LayoutMismatch.code:
             self._fail(LayoutMismatch(refused.message))
             return
+        is_unreachable = refused.code == TransferError.code
         if decode.hello is not None:
-            self._refused.add(decode.key)
+            (self._unreachable if is_unreachable else self._refused).add(decode.key)
         self._speaking.discard(decode)
         decode.close(self.id)
         self._decode = None
-        self._num_refusals += 1
+        self._num_refusals += not is_unreachable
         self._redirect()
 
     def on_timeline(self, link: WorkerLink, timeline: pb.Timeline) -> None:
@@ -294,17 +297,21 @@ class Attempt:
         return link is self._start and not (self._from_start and self._from_decode)
 
     def _redirect(self) -> None:
-        """Hand the pinned KV to a decode worker that has not refused; wait if all have."""
+        """Hand the pinned KV to a decode worker that has not refused; wait if all have for lack of room."""
         if self._is_closed or self._error is not None or self._is_finished:
             return
         start, fleet = self._start, self._fleet
         if start is None or start.hello is None:
             return  # on_lost has said so
         views, here = fleet.views(), start.view()
-        key = another_decode(views, here, self._refused)
-        if key is None and another_decode(views, here, ()) is None:
-            self.blamed = set(self._refused)
-            self._fail(Unavailable("No decode worker is left."))
+        key = another_decode(views, here, self._refused | self._unreachable)
+        if key is None and another_decode(views, here, self._unreachable) is None:
+            if another_decode(views, here, ()) is None:
+                self.blamed = set(self._refused)
+                self._fail(Unavailable("No decode worker is left."))
+            else:  # others may reach them
+                self.blamed = {start.key}
+                self._fail(TransferError(f"Worker {start.worker_id} reached no decode worker."))
             return
         link = None if key is None else fleet.link(key)
         if link is None:

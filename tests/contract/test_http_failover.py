@@ -165,6 +165,33 @@ def test_refused_by_all_the_request_waits_for_room() -> None:
     survives(two_pairs(d0=Script(refuse=3), d1=Script(refuse=3)), 1)
 
 
+def test_x1_a_decode_worker_that_the_kv_did_not_reach_is_not_asked_again() -> None:
+    async def scenario(here: Site) -> None:
+        assert await streamed(here) == (EXPECTED, "length")
+        assert await attempts(here) == 1
+        assert len(here.cluster.workers["d0"].reserved) == 1
+        assert len(here.cluster.workers["d1"].reserved) == 4, "it had no room three times, and is waited for"
+
+    run(two_pairs(p0=Script(cut_off_from=("d0",)), d1=Script(refuse=3)), scenario)
+
+
+def test_x1_a_prefill_worker_that_reaches_no_decode_worker_is_given_up_at_once() -> None:
+    async def scenario(here: Site) -> None:
+        assert await streamed(here) == (EXPECTED, "length")
+        assert await attempts(here) == 2
+        workers = here.cluster.workers
+        (first,) = workers["p0"].started
+        (second,) = workers["p1"].started
+        asked = sorted(workers["d0"].reserved + workers["d1"].reserved)
+        assert asked == [first.attempt_id, first.attempt_id, second.attempt_id], "each was asked once"
+
+    run(two_pairs(p0=Script(cut_off_from=("d0", "d1"))), scenario)
+
+
+def test_x1_the_only_pair_cut_in_two_serves_without_a_transfer() -> None:
+    survives(lambda: pair(prefill=Script(cut_off_from=("decode-0",))), 2)
+
+
 def test_without_room_within_its_time_a_request_is_overloaded() -> None:
     async def scenario(here: Site) -> None:
         # The first token is out before the refusal, so the error comes as an event.

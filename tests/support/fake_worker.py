@@ -49,6 +49,7 @@ class Script:
     eos_at: int | None = None  # this token is EOS and the last
     fail_at: tuple[int, str] | None = None  # (index, error code): the attempt fails before this token
     refuse: int = 0  # so many reservations are refused
+    cut_off_from: tuple[str, ...] = ()  # KV does not get from here to these workers
     mute: bool = False  # no heartbeats
     timeline: bool = True  # moments are sent
     late_timeline: bool = False  # ... in a message after the last token
@@ -295,10 +296,12 @@ class _Session:
     async def hand_over(self, router_id: str, start: pb.StartAttempt) -> None:
         peer = self.worker.cluster.workers[start.decode_peer.worker_id]
         peer.reserved.append(start.attempt_id)
-        if peer.script.refuse > 0:
-            peer.script.refuse -= 1
+        is_cut_off = peer.worker_id in self.worker.script.cut_off_from
+        if is_cut_off or peer.script.refuse > 0:
+            peer.script.refuse -= not is_cut_off
+            code = "kv_transfer_failed" if is_cut_off else "overloaded"
             refused = pb.ReserveRefused(
-                attempt_id=start.attempt_id, worker_id=peer.worker_id, code="overloaded", message="no blocks"
+                attempt_id=start.attempt_id, worker_id=peer.worker_id, code=code, message="as scripted"
             )
             self.send(step=pb.StepEvents(refused=[refused]))
             await peer.notify()

@@ -260,6 +260,19 @@ def test_a_refusal_redirects_and_a_stale_one_does_not() -> None:
     on_loop(scenario)
 
 
+def test_x1_the_prefill_worker_is_blamed_when_the_kv_reached_nobody() -> None:
+    def scenario() -> None:
+        stage = Stage()
+        stage.attempt.on_refused(stage.p, refusal("d", TransferError.code))
+        assert stage.p._outbox[1].redirect.decode_peer.worker_id == "d2"
+        stage.attempt.on_refused(stage.p, refusal("d2", TransferError.code))
+        assert isinstance(stage.received()[1], TransferError)
+        assert stage.attempt.blamed == {WorkerKey("p", "1")}
+        assert stage.sent(stage.p) == ["start", "redirect", "abort"]
+
+    on_loop(scenario)
+
+
 def test_a_refusal_for_another_layout_is_final() -> None:
     def scenario() -> None:
         stage = Stage()

@@ -46,6 +46,7 @@ class EngineSection(_Section):
     kv_cache_bytes: int | None = Field(default=None, ge=1)  # per rank; None: 64 x max_model_len tokens, at most 1 GiB
     max_num_seqs: int = Field(default=256, ge=1, le=4096)
     max_num_batched_tokens: int = Field(default=512, ge=16, le=65536)
+    scheduling: Literal["decode_first", "prefill_first"] = "decode_first"  # who goes first into a step's token budget
     enable_prefix_caching: bool = True
     threads_per_rank: int = Field(default=1, ge=1, le=256)
 

@@ -42,6 +42,7 @@ class RankSpec:
     kv_cache_bytes: int | None = None
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 512
+    prefill_first: bool = False
     enable_prefix_caching: bool = True
     threads: int = 1
     cores: tuple[int, ...] = ()

@@ -239,6 +239,7 @@ class Orders:
             kv_cache_bytes=engine.kv_cache_bytes,
             max_num_seqs=engine.max_num_seqs,
             max_num_batched_tokens=engine.max_num_batched_tokens,
+            prefill_first=engine.scheduling == "prefill_first",
             enable_prefix_caching=engine.enable_prefix_caching,
             threads=engine.threads_per_rank,
             cores=plan.cores[tp_rank],

@@ -10,6 +10,7 @@ The rules:
    which is recomputed later from its tokens and goes to the head of its priority's queue. Sequences with `hold_kv`
    are never preempted: a transfer may be reading their blocks.
 4. Admission leaves one block for every running sequence that may grow, so that it does not cause a preemption.
+5. With `prefill_first`, a step that has prompts to compute has no decodes.
 
 Every re-admission computes all known tokens and samples at least one more, and the best sequence is preempted only
 if there is no other: so there is progress as long as held blocks return, and no sequence waits while it holds any.
@@ -145,6 +146,10 @@ class Scheduler:
         """Choose the next step's chunks and take the blocks that they need."""
         plan = Schedule([], [])
         budget = self._config.max_num_batched_tokens
+        if self._config.prefill_first:
+            self._add_prompts(plan, deque(seq for seq in self._running if seq.num_pending_tokens > 1), budget)
+            if plan.chunks:
+                return plan
         prefills: deque[Sequence] = deque()
         for seq in tuple(self._running):
             if seq.state is not SeqState.RUNNING:  # preempted a moment ago: victims come after whom they give way to
@@ -154,6 +159,11 @@ class Scheduler:
             elif budget and self._grow(seq, plan.preempted):
                 plan.chunks.append((seq, 1))
                 budget -= 1
+        self._add_prompts(plan, prefills, budget)
+        return plan
+
+    def _add_prompts(self, plan: Schedule, prefills: deque[Sequence], budget: int) -> None:
+        """Fill a step's budget with chunks of running and of waiting prompts."""
         is_blocked = False
         while budget:
             head = None if is_blocked else self._waiting.head()
@@ -169,7 +179,6 @@ class Scheduler:
             num_tokens = min(budget, seq.num_pending_tokens)
             plan.chunks.append((seq, num_tokens))
             budget -= num_tokens
-        return plan
 
     def _admit(self, seq: Sequence) -> bool:
         """WAITING -> RUNNING with blocks for all its tokens; False if there is no slot or no room."""

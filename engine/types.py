@@ -21,6 +21,8 @@ class EngineConfig:
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 512
     """Token budget of one step: running decodes first, then chunks of prompts."""
+    prefill_first: bool = False
+    """No decode while a prompt can be computed: the rival that disaggregation is measured against."""
     enable_prefix_caching: bool = True
     decode_reserve_blocks: int = 1
     """Blocks beyond the prompt that `reserve` holds for growth."""

@@ -185,6 +185,7 @@ def _engine_config(spec: RankSpec, model: LoadedModel, geometry: KVGeometry) -> 
         max_model_len=model.max_model_len,
         max_num_seqs=spec.max_num_seqs,
         max_num_batched_tokens=spec.max_num_batched_tokens,
+        prefill_first=spec.prefill_first,
         enable_prefix_caching=spec.enable_prefix_caching,
         eos_token_ids=model.eos_token_ids,
         vocab_size=model.vocab_size,

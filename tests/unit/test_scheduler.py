@@ -90,6 +90,23 @@ def test_decodes_come_first_and_chunks_take_what_is_left() -> None:
     assert engine.steps(3) == [{"a": 1, "b": 19}, {"a": 1, "b": 11, "c": 5}, {"a": 1, "b": 1, "c": 1}]
 
 
+def test_with_prefill_first_no_decode_runs_before_all_prompts_are_computed() -> None:
+    engine = Planned(max_num_batched_tokens=20, prefill_first=True)
+    add(engine, "a", 20)
+    engine.step()
+    add(engine, "b", 30)
+    add(engine, "c", 5)
+    assert engine.steps(3) == [{"b": 20}, {"b": 10, "c": 5}, {"a": 1, "b": 1, "c": 1}]
+
+
+def test_with_prefill_first_decodes_go_on_while_no_prompt_finds_room() -> None:
+    engine = Planned(num_blocks=4, max_num_batched_tokens=64, prefill_first=True)
+    add(engine, "a", 20)
+    engine.step()
+    add(engine, "b", 40)
+    assert engine.steps(2) == [{"a": 1}, {"a": 1}]
+
+
 def test_the_budget_goes_to_the_oldest_decodes() -> None:
     engine = Planned(max_num_batched_tokens=2)
     for name in "abc":

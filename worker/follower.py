@@ -36,11 +36,15 @@ class Follower:
                 return
             if wake_fd in ready:
                 os.read(wake_fd, 4096)
-            for message in self._leader.drain():
-                self._on_message(message)
-                self._report()
+            self.turn()
+
+    def turn(self) -> None:
+        """Everything that waits, then a report, which is also the sign of life that the leader asks for."""
+        for message in self._leader.drain():
+            self._on_message(message)
             self._report()
-            self._leader.send(["stats", events.pack_stats(self._transfers.stats())])
+        self._report()
+        self._leader.send(["stats", events.pack_stats(self._transfers.stats())])
 
     def _report(self) -> None:
         for event in self._transfers.poll():
@@ -69,6 +73,6 @@ class Follower:
                 self._hook.close(AttemptId(attempt_id))
                 self._transfers.abort(TransferId(transfer_id), reason)
             case ["report"]:
-                pass  # `run` reports after every message
+                pass  # `turn` reports anyway
             case _:
                 raise AssertionError(f"unknown message {message[:1]}")

@@ -6,7 +6,7 @@ import itertools
 import random
 import traceback
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
@@ -132,15 +132,10 @@ class SimChannel:
         self._inbox.append(body)
         self.arrived()
 
-    def drain(self) -> list[Any]:
-        """Every message that is there."""
-        messages = [unpack(body) for body in self._inbox]
-        self._inbox.clear()
-        return messages
-
-    def pop(self) -> Any | None:
-        """The first message that is there."""
-        return unpack(self._inbox.popleft()) if self._inbox else None
+    def drain(self) -> Iterator[Any]:
+        """Every message that is there, and those that come while the ones before are worked on."""
+        while self._inbox:
+            yield unpack(self._inbox.popleft())
 
     @property
     def holds_plan(self) -> bool:
@@ -477,12 +472,8 @@ class SimWorker:
         follower = Follower(rank.runner, rank.endpoint, rank.hook, theirs)  # type: ignore[arg-type]
 
         def turn() -> None:
-            while not rank.process.is_dead and (message := theirs.pop()) is not None:
-                if not self._guarded(f"follower {rank.tp_rank}", lambda m=message: follower._on_message(m)):  # type: ignore[misc]
-                    return
-                follower._report()
-            follower._report()
-            self._leader_actor.poke()
+            if self._guarded(f"follower {rank.tp_rank}", follower.turn):
+                self._leader_actor.poke()
 
         actor = Actor(scheduler, rng, rank.process, turn, _THREAD_DELAY_S)
         theirs.arrived = actor.poke

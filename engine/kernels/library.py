@@ -18,12 +18,13 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from baton import native_build
 from engine.kernels.build import Isa, KernelsUnavailable, built, isas
 
 log = logging.getLogger(__name__)
 
 _ABI: Final = 1
-ISA_VARIABLE: Final = "BATON_KERNELS"
+ISA_VARIABLE: Final = native_build.VARIABLE
 """Environment: an `Isa` to use instead of the best, or "off"."""
 PANEL: Final = 32
 """Outputs that are packed together: see src/base.h."""

@@ -19,6 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from baton import native_build
 from baton.request import AttemptId, SamplingParams
 from engine.comm import PeerLost, ShmComm
 from engine.cpu_fast import _Group, _merged, _TableCache
@@ -551,12 +552,12 @@ def test_without_a_compiler_plain_torch_computes_and_one_line_says_why(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    build._compiler.cache_clear()
+    native_build.find_compiler.cache_clear()
     try:
         with pytest.raises(KernelsUnavailable, match="no C\\+\\+ compiler"):
             build.built(Isa.PORTABLE)
     finally:
-        build._compiler.cache_clear()
+        native_build.find_compiler.cache_clear()
     monkeypatch.setenv(ISA_VARIABLE, "off")
     with caplog.at_level("WARNING"):
         mine = runner(DEMO_MODEL, "auto", dtype="bfloat16")

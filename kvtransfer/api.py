@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import NewType, Protocol, TypeAlias
 
 from baton.kv_layout import KVLayout
+from baton.tls import ClusterIdentity
 
 TransferId = NewType("TransferId", bytes)
 """16 random bytes, drawn by the sending leader for each attempt to transfer."""
@@ -144,7 +145,7 @@ class EndpointStats:
     integrity_failures: int
     stale_frames_dropped: int
     transports: dict[str, str]
-    """Peer rank -> "tcp" | "shm" | "local"."""
+    """Peer rank -> "tcp" | "tcp+tls" | "shm" | "local"."""
 
 
 class TransferEndpoint(Protocol):
@@ -221,6 +222,8 @@ class EndpointConfig:
     unix_dir: str = ""
     """Private directory for the Unix socket; "" turns shared memory off."""
     transports: tuple[str, ...] = ("shm", "tcp")
+    """In order of preference. "tcp+tls" needs `identity`, and excludes "tcp": they would listen on one address."""
+    identity: ClusterIdentity | None = None
     credit_bytes: int = 32 * 2**20
     """Receiver: most bytes of one transfer that one source rank may have under way."""
     lease_s: float = 10.0

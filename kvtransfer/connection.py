@@ -17,6 +17,7 @@ from kvtransfer.link import Link, OutgoingFrame
 from kvtransfer.messages import Goodbye, Hello, Message, ProtocolError, code_of, is_handshake
 from kvtransfer.plan import FRAME_BYTES
 from kvtransfer.transports import shm
+from kvtransfer.transports.tls import TlsSocket
 
 HANDSHAKE_S: Final = 2.0
 """How long a connection may take to be made, and a peer to authenticate."""
@@ -71,7 +72,7 @@ class Connection:
 
     def __init__(
         self,
-        sock: socket.socket,
+        sock: socket.socket | TlsSocket,
         transport: str,
         handshake: Connector | Acceptor,
         opened: Callable[[Connection], None],

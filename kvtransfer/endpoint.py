@@ -25,7 +25,7 @@ from kvtransfer.messages import TRANSFER_ID_BYTES
 from kvtransfer.pool import Pool
 from kvtransfer.switchboard import Listener
 from kvtransfer.thread import TransferThread
-from kvtransfer.transports import local, shm, tcp
+from kvtransfer.transports import local, shm, tcp, tls
 
 log = logging.getLogger("kvtransfer")
 
@@ -76,9 +76,10 @@ class Endpoint:
     def _listen(self, listeners: dict[str, Listener]) -> PeerRank:
         config = self._config
         rank, host, port = config.layout.tp_rank, config.host, 0
-        if tcp.NAME in config.transports:
-            sock = listeners[tcp.NAME] = tcp.listen(config.host, config.port)
-            port = sock.getsockname()[1]
+        for name in (tcp.NAME, tls.NAME):
+            if name in config.transports:
+                sock = listeners[name] = tcp.listen(config.host, config.port)
+                port = sock.getsockname()[1]
         if local.NAME in config.transports:
             listener = listeners[local.NAME] = local.LocalListener()
             host, port = local.HOST, listener.port
@@ -217,9 +218,11 @@ def make_endpoint(
 
 
 def _check(config: EndpointConfig) -> None:
-    known = {tcp.NAME, shm.NAME, local.NAME}
+    known = {tcp.NAME, tls.NAME, shm.NAME, local.NAME}
     if not config.transports or not set(config.transports) <= known:
         raise ValueError(f"transports must be some of {sorted(known)}, not {config.transports}")
+    if tls.NAME in config.transports and (config.identity is None or tcp.NAME in config.transports):
+        raise ValueError(f"{tls.NAME} needs an identity, and no {tcp.NAME} beside it")
     if not config.secret:
         raise ValueError("the cluster secret is empty")
     if not config.verify:

@@ -8,8 +8,7 @@
     12  8      tag: keyed hash over (sequence number, head[0:12], body); zeros during the handshake
 
 The tag authenticates every control body once the handshake has made keys, and the sequence number in it makes a lost,
-repeated or reordered frame an error. Payloads carry their own digest inside the body. TLS can be put under this
-format without a change to it.
+repeated or reordered frame an error. Payloads carry their own digest inside the body.
 """
 
 from __future__ import annotations
@@ -34,6 +33,7 @@ from kvtransfer.messages import (
 
 FORMAT: Final = 1
 _MAGIC: Final = b"BK"
+_TLS_HANDSHAKE: Final = 0x16
 _HEAD: Final = struct.Struct("<2sBBII")
 TAG_BYTES: Final = 8
 HEAD_BYTES: Final = _HEAD.size + TAG_BYTES
@@ -153,6 +153,8 @@ class FrameReader:
 
     def _head_read(self) -> None:
         magic, form, code, body_bytes, payload_bytes = _HEAD.unpack_from(self._head)
+        if self._head[0] == _TLS_HANDSHAKE and not self._is_open:
+            raise ProtocolError("one of the two encrypts (cluster.encryption: tls), one does not")
         if magic != _MAGIC or form != FORMAT:
             raise ProtocolError("not a frame of this protocol")
         if is_handshake(code):

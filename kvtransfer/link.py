@@ -6,6 +6,7 @@ import array
 import contextlib
 import os
 import socket
+import ssl
 from collections import deque
 from collections.abc import Callable
 from typing import Final, NamedTuple
@@ -14,6 +15,7 @@ from kvtransfer.api import TransferId
 from kvtransfer.frames import FrameReader, Sink, Tagger, encode_frame
 from kvtransfer.messages import Data, Message, ProtocolError
 from kvtransfer.plan import HASH_BYTES
+from kvtransfer.transports.tls import TlsSocket
 
 _MAX_IOV: Final = 512
 """Buffers per system call; the kernel's limit is 1024."""
@@ -45,7 +47,7 @@ class Link:
 
     def __init__(
         self,
-        sock: socket.socket,
+        sock: socket.socket | TlsSocket,
         begin: Callable[[Message, int], Sink | None],
         end: Callable[[Message], None],
         pull: Callable[[], OutgoingFrame | None],
@@ -87,6 +89,7 @@ class Link:
         assert not self._messages
         frame = encode_frame(message, self._tagger)
         try:
+            assert isinstance(self._sock, socket.socket)
             rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
             sent = self._sock.sendmsg([frame], rights)
         except OSError as error:
@@ -129,6 +132,8 @@ class Link:
                 sent = self._sock.sendmsg(self._writing[:_MAX_IOV])
             except BlockingIOError:
                 self.is_blocked = True
+                return False
+            except ssl.SSLWantReadError:  # `read` comes first
                 return False
             except OSError as error:
                 raise LinkClosed(_why(error)) from error
@@ -184,6 +189,11 @@ class Link:
             self._low_water_bytes = num_bytes
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, max(1, num_bytes))
 
+    @property
+    def holds_input(self) -> bool:
+        """May there be more to read although the socket is not readable?"""
+        return isinstance(self._sock, TlsSocket)
+
     def charge(self, num_bytes: int) -> None:
         """Count bytes that were fetched beside the stream towards this turn of `read`."""
         self._budget -= num_bytes
@@ -195,6 +205,7 @@ class Link:
             if len(buffers) == 1 or len(first) >= HASH_BYTES // 2:
                 return self._sock.recv_into(first, min(len(first), HASH_BYTES))
             return self._sock.recvmsg_into(buffers[: min(_MAX_IOV, HASH_BYTES // len(first) + 1)])[0]
+        assert isinstance(self._sock, socket.socket)
         space = socket.CMSG_SPACE(_MAX_FDS * array.array("i").itemsize)
         count, ancillary, _, _ = self._sock.recvmsg_into(buffers, space, socket.MSG_CMSG_CLOEXEC)
         for level, kind, data in ancillary:

@@ -7,14 +7,17 @@ import logging
 import secrets
 import selectors
 import socket
+import ssl
 from typing import Final, Protocol, TypeAlias
 
+from baton.tls import ssl_context
 from kvtransfer.api import EndpointConfig, PeerRank
 from kvtransfer.auth import Acceptor, Connector, LinkKey, Refusal, RefusalCode
 from kvtransfer.connection import HANDSHAKE_S, Connection, Dialling, PeerRefused, Role, Traffic
 from kvtransfer.link import LinkClosed
 from kvtransfer.messages import NONCE_BYTES, Goodbye, ProtocolError
-from kvtransfer.transports import local, shm, tcp
+from kvtransfer.transports import local, shm, tcp, tls
+from kvtransfer.transports.tls import TlsSocket
 
 log = logging.getLogger("kvtransfer")
 
@@ -67,9 +70,15 @@ class Switchboard:
         self.connections: Final[set[Connection]] = set()
         self.dirty: Final[set[Connection]] = set()
         """Connections that may have something to write."""
+        self.unread: Final[set[Connection]] = set()
+        """Connections that must be read again although their socket may have nothing."""
         self.transports: dict[str, str] = {}
         """Peer rank -> transport. Replaced as a whole, for readers on other threads."""
         self.now = now
+        identity = config.identity
+        self._contexts: dict[bool, ssl.SSLContext] = {}
+        if identity is not None:
+            self._contexts = {is_server: ssl_context(identity, server_side=is_server) for is_server in (False, True)}
         self._accept_more()
 
     def links(self, role: Role) -> dict[LinkKey, Connection]:
@@ -130,7 +139,7 @@ class Switchboard:
         reason = "; ".join(dialling.problems) or "no transport in common"
         self._user.link_down(Role.SENDER, dialling.key, f"can not reach {dialling.key}: {reason}")
 
-    def _connect(self, transport: str, peer: PeerRank) -> socket.socket | None:
+    def _connect(self, transport: str, peer: PeerRank) -> socket.socket | TlsSocket | None:
         """A socket to the peer; None if the transport does not apply to this pair."""
         if transport == shm.NAME:
             if not peer.unix_path:
@@ -144,7 +153,7 @@ class Switchboard:
             return None
         sock = tcp.dial(peer.host, peer.port)
         tcp.tune(sock, self._config.lease_s)
-        return sock
+        return TlsSocket(sock, self._contexts[False], server_side=False) if transport == tls.NAME else sock
 
     def _accept_more(self) -> None:
         if not self._is_accepting and self._num_unauthenticated < MAX_UNAUTHENTICATED:
@@ -170,7 +179,7 @@ class Switchboard:
                 self._accept_no_more()
                 return
             try:
-                if transport == tcp.NAME:
+                if transport in (tcp.NAME, tls.NAME):
                     tcp.tune(sock, config.lease_s)
                 elif transport == shm.NAME:
                     shm.check_user(sock)
@@ -180,7 +189,7 @@ class Switchboard:
                 continue
             nonce = secrets.token_bytes(NONCE_BYTES)
             self._add(
-                sock,
+                TlsSocket(sock, self._contexts[True], server_side=True) if transport == tls.NAME else sock,
                 transport,
                 Acceptor(config.secret, self._me, config.layout, transport, nonce, verify=config.verify),
             )
@@ -189,7 +198,11 @@ class Switchboard:
                 self._accept_no_more()
 
     def _add(
-        self, sock: socket.socket, transport: str, handshake: Connector | Acceptor, dialling: Dialling | None = None
+        self,
+        sock: socket.socket | TlsSocket,
+        transport: str,
+        handshake: Connector | Acceptor,
+        dialling: Dialling | None = None,
     ) -> None:
         connection = Connection(
             sock,
@@ -215,8 +228,8 @@ class Switchboard:
             if connection.is_connecting:
                 connection.connected()
                 self._wait_for_room(connection, waits=False)
-            elif mask & selectors.EVENT_READ and connection.link.read() and connection.session is not None:
-                self._user.drained(connection)
+            elif mask & selectors.EVENT_READ:
+                self._read(connection)
             if not connection.is_closed:
                 self.dirty.add(connection)
         except Refusal as error:
@@ -235,6 +248,18 @@ class Switchboard:
             self.lose(connection, str(error))
         except OSError as error:
             self.lose(connection, error.strerror or str(error))
+
+    def read_on(self) -> None:
+        """Read what links hold back since their last turn."""
+        for connection in list(self.unread):
+            self._ready(connection, selectors.EVENT_READ)
+
+    def _read(self, connection: Connection) -> None:
+        is_drained = connection.link.read()
+        if connection.link.holds_input and not connection.is_closed:
+            (self.unread.discard if is_drained else self.unread.add)(connection)
+        if is_drained and connection.session is not None:
+            self._user.drained(connection)
 
     def _opened(self, connection: Connection) -> None:
         """The handshake succeeded."""
@@ -288,7 +313,7 @@ class Switchboard:
 
     def _forget(self, connection: Connection) -> None:
         self._selector.unregister(connection.link)
-        for group in (self.connections, self.dirty, self._waits_for_room):
+        for group in (self.connections, self.dirty, self.unread, self._waits_for_room):
             group.discard(connection)
         connection.close()
 

@@ -125,6 +125,7 @@ class TransferThread:
     def _turn(self) -> None:
         ready = self._selector.select(self._timeout_s())
         self._now = self._switchboard.now = self._clock.now()
+        self._switchboard.read_on()
         for key, mask in ready:
             key.data(mask)
         self._run_commands()
@@ -137,7 +138,7 @@ class TransferThread:
         self._publish()
 
     def _timeout_s(self) -> float:
-        if self._switchboard.dirty or not self._commands.empty():
+        if self._switchboard.dirty or self._switchboard.unread or not self._commands.empty():
             return 0.0
         return max(0.0, self._next_tick_s - self._clock.now())
 

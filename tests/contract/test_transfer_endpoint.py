@@ -81,7 +81,7 @@ class Lab:
             worker.close()
 
 
-@pytest.fixture(params=["tcp", "shm", "local"])
+@pytest.fixture(params=["tcp", "tcp+tls", "shm", "local"])
 def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
     """After each test: no thread, descriptor or socket file is left."""
     fds = num_open_fds()

@@ -52,7 +52,7 @@ class Lab:
         return child
 
 
-@pytest.fixture(params=["tcp", "shm"])
+@pytest.fixture(params=["tcp", "tcp+tls", "shm"])
 def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
     """After each test: no thread and no descriptor is left here."""
     fds = num_open_fds()

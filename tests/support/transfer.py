@@ -16,6 +16,7 @@ import numpy as np
 
 from baton.clock import Clock, ManualClock
 from baton.kv_layout import KVGeometry, KVLayout, LayerSpec, ModelKV
+from baton.tls import make_identity
 from kvtransfer.api import EndpointConfig, PeerWorker, SendRequest, TransferEvent, TransferId
 from kvtransfer.endpoint import Endpoint
 from kvtransfer.faults import FaultHook
@@ -150,7 +151,10 @@ def make_worker(
     **settings: object,
 ) -> Worker:
     """A worker whose ranks offer one transport (and TCP to fall back on for shm)."""
-    transports = {"tcp": ("tcp",), "shm": ("shm", "tcp"), "local": ("local",)}[transport]
+    transports = ("shm", "tcp") if transport == "shm" else (transport,)
+    secret = settings.get("secret", SECRET)
+    assert isinstance(secret, bytes)
+    identity = make_identity(secret) if transport == "tcp+tls" else None
     incarnation = secrets.token_hex(8)
     ranks = []
     for tp_rank in range(tp_size):
@@ -162,6 +166,7 @@ def make_worker(
             mapping = mmap.mmap(fd, layout.pool_bytes)
         buffer = memoryview(mapping if mapping is not None else bytearray(layout.pool_bytes))
         config = EndpointConfig(name, incarnation, layout, SECRET, unix_dir=unix_dir, transports=transports)
+        config = replace(config, identity=identity)
         config = replace(config, **settings)  # type: ignore[arg-type]
         ranks.append(Rank(layout, buffer, Endpoint(config, buffer, fd, faults=faults, clock=clock), fd, mapping))
     return Worker(name, incarnation, ranks)

@@ -89,7 +89,7 @@ class Link:
         assert not self._messages
         frame = encode_frame(message, self._tagger)
         try:
-            assert isinstance(self._sock, socket.socket)
+            assert not isinstance(self._sock, TlsSocket)
             rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
             sent = self._sock.sendmsg([frame], rights)
         except OSError as error:
@@ -205,7 +205,7 @@ class Link:
             if len(buffers) == 1 or len(first) >= HASH_BYTES // 2:
                 return self._sock.recv_into(first, min(len(first), HASH_BYTES))
             return self._sock.recvmsg_into(buffers[: min(_MAX_IOV, HASH_BYTES // len(first) + 1)])[0]
-        assert isinstance(self._sock, socket.socket)
+        assert not isinstance(self._sock, TlsSocket)
         space = socket.CMSG_SPACE(_MAX_FDS * array.array("i").itemsize)
         count, ancillary, _, _ = self._sock.recvmsg_into(buffers, space, socket.MSG_CMSG_CLOEXEC)
         for level, kind, data in ancillary:

@@ -115,6 +115,7 @@ class ClusterSection(_Section):
     startup_timeout_s: float = Field(default=120.0, gt=0)
     stop_grace_s: float = Field(default=5.0, gt=0)
     secret_file: str | None = None
+    encryption: Literal["none", "tls"] = "none"  # of all that crosses between workers, and between them and routers
 
 
 class Config(_Section):
@@ -128,6 +129,16 @@ class Config(_Section):
     router: RouterSection = RouterSection()
     cluster: ClusterSection = ClusterSection()
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @property
+    def is_encrypted(self) -> bool:
+        """Do processes of the cluster speak TLS with each other?"""
+        return self.cluster.encryption == "tls"
+
+    @property
+    def kv_transports(self) -> tuple[str, ...]:
+        """How KV may travel, in order of preference, as kvtransfer names it."""
+        return tuple("tcp+tls" if name == "tcp" and self.is_encrypted else name for name in self.transfer.transports)
 
     @model_validator(mode="after")
     def _supported(self) -> Config:

@@ -64,6 +64,7 @@ class FrontSpec:
     secret: str
     host: str = "127.0.0.1"
     port: int = 0
+    encrypt: bool = False
     heartbeat_s: float = 0.5
     log_level: str = "info"
 
@@ -81,6 +82,8 @@ class RouterSpec:
     port: int = 8000
     grpc_port: int = 50051
     api_key_file: str | None = None
+    encrypt: bool = False
+    """Speak TLS with workers."""
     max_concurrent_requests: int = 1024
     max_body_bytes: int = 8 * 2**20
     request_timeout_s: float = 600.0

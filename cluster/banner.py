@@ -110,8 +110,8 @@ def _shape(workers: Sequence[WorkerPlan], config: Config) -> str:
     where = "an embedded Ray" if config.cluster.address is None else f"the Ray cluster {config.cluster.address}"
     text = f"{shape}, started " + (f"by {where}" if config.cluster.launcher == "ray" else "directly")
     if any(plan.role == "prefill" for plan in workers):
-        text += f"; KV moves by {', else '.join(config.transfer.transports)}"
-    return text
+        text += f"; KV moves by {', else '.join(config.kv_transports)}"
+    return text + ("; TLS between processes" if config.is_encrypted else "")
 
 
 def _worker(plan: WorkerPlan, facts: UnitFacts) -> str:

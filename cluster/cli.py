@@ -29,6 +29,8 @@ class Flag:
     metavar: str | None = None
     choices: tuple[str, ...] | None = None
     type: Callable[[str], Any] = str
+    const: str | None = None
+    """What the flag means; it then takes no value."""
 
 
 FLAGS: Final = (
@@ -46,6 +48,7 @@ FLAGS: Final = (
     Flag("--device", "engine.device", "where the engine computes", choices=("auto", "cpu", "cuda")),
     Flag("--launcher", "cluster.launcher", "start processes by Ray or directly", choices=("ray", "local")),
     Flag("--address", "cluster.address", "join this Ray cluster instead of embedding one", "auto|HOST:PORT"),
+    Flag("--encrypt", "cluster.encryption", "TLS for KV over TCP and for routers' talk with workers", const="tls"),
     Flag("--host", "router.host", "address that clients connect to", "ADDR"),
     Flag("--port", "router.port", "HTTP port; 0 takes a free one", "N", type=int),
     Flag("--grpc-port", "router.grpc_port", "gRPC port; 0 takes a free one", "N", type=int),
@@ -90,6 +93,9 @@ def parser() -> argparse.ArgumentParser:
     serve = commands.add_parser("serve", help="serve a model", description=_SERVE_TEXT)
     serve.add_argument("model", nargs="?", metavar="MODEL", help="a Hugging Face directory or hub id; none: a demo")
     for flag in FLAGS:
+        if flag.const is not None:
+            serve.add_argument(flag.name, dest=flag.key, action="store_const", const=flag.const, help=flag.help)
+            continue
         serve.add_argument(
             flag.name, dest=flag.key, metavar=flag.metavar, choices=flag.choices, type=flag.type, help=flag.help
         )

@@ -189,6 +189,7 @@ class Orders:
             host=router.host,
             port=ports[0],
             grpc_port=ports[1],
+            encrypt=self._config.is_encrypted,
             api_key_file=None if router.api_key_file is None else str(Path(router.api_key_file).expanduser().resolve()),
             max_concurrent_requests=router.max_concurrent_requests,
             max_body_bytes=router.max_body_bytes,
@@ -211,6 +212,7 @@ class Orders:
             tp_size=plan.tp_size,
             worker_dir=str(start.worker_dir),
             secret=self._secret,
+            encrypt=self._config.is_encrypted,
             log_level=self._config.log_level,
         )
         command = (self._modules.worker(plan.role), "front")
@@ -243,7 +245,7 @@ class Orders:
             enable_prefix_caching=engine.enable_prefix_caching,
             threads=engine.threads_per_rank,
             cores=plan.cores[tp_rank],
-            transports=config.transfer.transports,
+            transports=config.kv_transports,
             credit_bytes=config.transfer.credit_bytes,
             lease_s=config.transfer.lease_s,
             log_level=config.log_level,

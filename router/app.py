@@ -17,6 +17,7 @@ from baton.auth import worker_token
 from baton.clock import Clock, SystemClock
 from baton.errors import ServeError
 from baton.specs import RouterSpec, decode_secret
+from baton.tls import make_identity
 from router.admin import AdminDoor
 from router.admission import Admission
 from router.answer import Answers, Spawn
@@ -50,7 +51,12 @@ class Router:
         api_keys = load_api_keys(spec.api_key_file)
         self.encoder = TextEncoder(tokenizer)
         self.fleet = Fleet(
-            secret=secret, router_id=spec.router_id, clock=clock, spawn=spawn, on_change=self._fleet_changed
+            secret=secret,
+            router_id=spec.router_id,
+            clock=clock,
+            spawn=spawn,
+            on_change=self._fleet_changed,
+            identity=make_identity(secret) if spec.encrypt else None,
         )
         self.admission = Admission(spec.max_concurrent_requests)
         self.metrics = Metrics(spec.served_model_name, self.fleet, self.admission)

@@ -12,6 +12,7 @@ from typing import Any, Final
 from baton.auth import worker_token
 from baton.clock import Clock
 from baton.prefix_hash import PrefixHasher
+from baton.tls import ClusterIdentity
 from router.placement import Placement, WorkerKey, WorkerView
 from router.worker_link import WorkerLink
 
@@ -29,12 +30,14 @@ class Fleet:
         clock: Clock,
         spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]],
         on_change: Callable[[], None],
+        identity: ClusterIdentity | None = None,
     ) -> None:
-        """`spawn` starts a session's task. `on_change` hears of all that may matter to `why_not_serving`."""
+        """`identity`: sessions are encrypted. `spawn` starts a session's task. `on_change` hears of all that may matter to `why_not_serving`."""
         self.links: dict[str, WorkerLink] = {}
         self.changed = asyncio.Event()  # set at each change; who waits clears it first
         self._secret = secret
         self._token = worker_token(secret)
+        self._identity = identity
         self._router_id = router_id
         self._clock = clock
         self._notify = on_change
@@ -63,6 +66,7 @@ class Fleet:
                     router_id=self._router_id,
                     clock=self._clock,
                     on_change=self._on_change,
+                    identity=self._identity,
                 )
                 self.links[worker_id] = link
                 self._tasks[worker_id] = self._spawn(link.run())

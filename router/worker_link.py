@@ -19,6 +19,7 @@ import grpc.aio
 from baton.clock import Clock
 from baton.errors import WorkerLost
 from baton.process import clock_id
+from baton.tls import SERVER_NAME, ClusterIdentity
 from protos import worker_pb2 as pb
 from protos.worker_pb2_grpc import WorkerStub
 from router.placement import PrefixMemory, WorkerKey, WorkerView
@@ -75,8 +76,9 @@ class WorkerLink:
         clock: Clock,
         on_change: Callable[[], None],
         silence_s: float = SILENCE_S,
+        identity: ClusterIdentity | None = None,
     ) -> None:
-        """`on_change` hears that the worker came, went, or started or stopped draining."""
+        """`identity`: speak TLS with the worker. `on_change` hears that the worker came, went, or started or stopped draining."""
         self.worker_id = worker_id
         self.address = address
         self.hello: pb.WorkerHello | None = None  # not None: connected
@@ -90,6 +92,7 @@ class WorkerLink:
         self._clock = clock
         self._on_change = on_change
         self._silence_s = silence_s
+        self._identity = identity
         self._sinks: dict[str, AttemptSink] = {}
         self._prefill_tokens: dict[str, int] = {}  # attempt -> prompt tokens sent and not yet computed
         self._blocks: dict[str, int] = {}  # attempt -> KV blocks that it was predicted to need here
@@ -220,7 +223,7 @@ class WorkerLink:
 
     async def _session(self) -> None:
         """Connect, and read until it ends, which is always by WorkerLost (or cancellation)."""
-        async with grpc.aio.insecure_channel(self.address, options=_CHANNEL_OPTIONS) as channel:
+        async with _open_channel(self.address, self._identity) as channel:
             call = _stub(channel).Session(metadata=self._metadata)
             try:
                 self._connected(await self._greet(call), channel)
@@ -235,7 +238,8 @@ class WorkerLink:
                             raise WorkerLost(f"it sent what it must not: {error}") from error
                     raise WorkerLost("it closed the session")
             except (grpc.aio.AioRpcError, ExceptionGroup) as error:
-                raise _worker_lost(error) from error
+                lost = _worker_lost(error)
+                raise (lost if self.hello is not None else _explained(lost)) from error
             finally:
                 self._channel = None
                 call.cancel()
@@ -358,6 +362,25 @@ class WorkerLink:
         if beat.draining != last.draining:
             logger.info("worker draining", extra={"worker_id": self.worker_id, "draining": beat.draining})
             self._on_change()
+
+
+def _open_channel(address: str, identity: ClusterIdentity | None) -> grpc.aio.Channel:
+    if identity is None:
+        return grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
+    keys = grpc.ssl_channel_credentials(identity.authority_pem, identity.private_key_pem, identity.certificate_pem)
+    options = (*_CHANNEL_OPTIONS, ("grpc.ssl_target_name_override", SERVER_NAME))
+    return grpc.aio.secure_channel(address, keys, options=options)
+
+
+def _explained(error: WorkerLost) -> WorkerLost:
+    """Why a session did not begin, where the words of TLS do not say it."""
+    hints = {
+        "WRONG_VERSION_NUMBER": "it does not encrypt, this router does (cluster.encryption)",
+        "CERTIFICATE_VERIFY_FAILED": "its certificate is not of this cluster: it holds another secret",
+        "Socket closed": "perhaps it encrypts and this router does not (cluster.encryption)",
+    }
+    found = next((hint for words, hint in hints.items() if words in error.message), None)
+    return error if found is None else WorkerLost(f"{found}: {error.message}")
 
 
 def _stub(channel: grpc.aio.Channel) -> Any:

@@ -17,6 +17,7 @@ import zmq.asyncio
 from baton import auth, log
 from baton.process import ParentLink
 from baton.specs import FrontSpec, decode_secret, from_json
+from baton.tls import make_identity
 from protos import worker_pb2_grpc
 from worker.channel import configure, endpoint, pack, unpack
 from worker.service import TokenAuth, WorkerService
@@ -93,6 +94,13 @@ def main() -> None:
         asyncio.run(_serve(spec, link))
 
 
+def server_credentials(secret: bytes) -> grpc.ServerCredentials:
+    """TLS with certificates on both sides: only processes of the cluster that `secret` defines are let in."""
+    identity = make_identity(secret)
+    keys = [(identity.private_key_pem, identity.certificate_pem)]
+    return grpc.ssl_server_credentials(keys, identity.authority_pem, require_client_auth=True)
+
+
 async def _serve(spec: FrontSpec, link: ParentLink) -> None:
     stopped = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -136,7 +144,11 @@ async def _serve(spec: FrontSpec, link: ParentLink) -> None:
             heartbeat_s=spec.heartbeat_s,
         )
         worker_pb2_grpc.add_WorkerServicer_to_server(service, server)  # type: ignore[no-untyped-call]
-        port = server.add_insecure_port(f"{spec.host}:{spec.port}")
+        address = f"{spec.host}:{spec.port}"
+        if spec.encrypt:
+            port = server.add_secure_port(address, server_credentials(secret))
+        else:
+            port = server.add_insecure_port(address)
         await server.start()
         link.report(
             "ready",

@@ -19,6 +19,7 @@ from baton.kv_layout import KVGeometry
 from baton.prefix_hash import PrefixHasher
 from baton.process import ParentLink, clock_id, fail_start
 from baton.specs import RankSpec, decode_secret, from_json
+from baton.tls import make_identity
 from engine.engine import LocalEngine
 from engine.types import EngineConfig, Runner
 from kvtransfer.api import EndpointConfig, TransferEndpoint
@@ -104,14 +105,16 @@ def _tune_interpreter() -> None:
 
 
 def _open_endpoint(spec: RankSpec, runner: Runner) -> TransferEndpoint:
+    secret = decode_secret(spec.secret)
     config = EndpointConfig(
         worker_id=spec.worker_id,
         incarnation=spec.incarnation,
         layout=runner.layout,
-        secret=auth.derive(decode_secret(spec.secret), "kv transfer v1"),
+        secret=auth.derive(secret, "kv transfer v1"),
         host=spec.host,
         unix_dir=spec.worker_dir if "shm" in spec.transports else "",
         transports=spec.transports,
+        identity=make_identity(secret) if "tcp+tls" in spec.transports else None,
         credit_bytes=spec.credit_bytes,
         lease_s=spec.lease_s,
     )

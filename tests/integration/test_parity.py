@@ -39,6 +39,7 @@ TOPOLOGIES: dict[str, tuple[str, ...]] = {
     "1p(tp2)-1d-shm": (*SHM, "--prefill-tp", "2", "--tp", "1"),
     "1p(tp2)-1d-tcp": (*TCP, "--prefill-tp", "2", "--tp", "1"),
 }
+ENCRYPTED = {"1p1d-tcp+tls": (*TCP, "--encrypt"), "1p-1d(tp2)-tcp+tls": (*TCP, "--encrypt", "--tp", "2")}
 FAMILIES = ("llama", "qwen2", "qwen3")
 SEEDED = {"temperature": 0.9, "top_p": 0.95, "top_k": 40, "seed": 1234}
 
@@ -140,7 +141,7 @@ def test_preemption_under_a_tiny_pool_changes_nothing(topology: str, case_of: Ca
         assert counter(system, "preemptions") > 0
 
 
-@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize("topology", [*TOPOLOGIES, *ENCRYPTED])
 def test_the_demo_model_answers_exactly_in_bf16(topology: str) -> None:
     qa = Path(__file__).parents[2] / "bench" / "demo_model" / "qa.jsonl"
     pairs = [json.loads(line) for line in qa.read_text().splitlines()][:24]
@@ -159,5 +160,9 @@ def test_the_demo_model_answers_exactly_in_bf16(topology: str) -> None:
         return str(choice["message"]["content"])
 
     assert DEMO_MODEL_DIR.is_dir()
-    with serve(*TOPOLOGIES[topology]) as system, system.client() as client, ThreadPoolExecutor(8) as pool:
+    args = {**TOPOLOGIES, **ENCRYPTED}[topology]
+    with serve(*args) as system, system.client() as client, ThreadPoolExecutor(8) as pool:
         assert list(pool.map(ask, pairs)) == [pair["answer"] for pair in pairs]
+        if topology in ENCRYPTED:
+            peers = {used for worker in system.status()["workers"] for used in worker["peers"].values()}
+            assert peers == {"tcp+tls"}

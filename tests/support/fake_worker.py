@@ -26,6 +26,7 @@ from baton.specs import RouterSpec, encode_secret
 from protos import worker_pb2 as pb
 from protos.worker_pb2_grpc import WorkerServicer, add_WorkerServicer_to_server
 from router.app import Router, serving
+from worker.front import server_credentials
 
 SECRET = b"0123456789abcdef"
 EOS = 0
@@ -70,6 +71,7 @@ class FakeWorker:
     num_blocks: int = 512
     protocol: int = 1
     port: int = 0
+    tls_secret: bytes | None = None
 
     def __post_init__(self) -> None:
         self.started: list[pb.StartAttempt] = []
@@ -97,7 +99,10 @@ class FakeWorker:
         """Listen."""
         server = grpc.aio.server()
         add_WorkerServicer_to_server(_Service(self), server)
-        self.port = server.add_insecure_port(f"127.0.0.1:{self.port}")
+        if self.tls_secret is None:
+            self.port = server.add_insecure_port(self.address)
+        else:
+            self.port = server.add_secure_port(self.address, server_credentials(self.tls_secret))
         await server.start()
         self._server = server
 

@@ -55,6 +55,11 @@ def test_a_flag_sets_its_key(flag: cli.Flag) -> None:
     assert value_of(configure(flag.name, text), flag.key) == value
 
 
+def test_encrypt_is_a_flag_without_a_value() -> None:
+    assert configure("--encrypt", "some-model-dir").is_encrypted
+    assert not configure().is_encrypted
+
+
 def test_every_flag_names_a_key_of_the_configuration() -> None:
     for flag in cli.FLAGS:
         value_of(Config(), flag.key)

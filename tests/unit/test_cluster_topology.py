@@ -83,6 +83,19 @@ def test_an_order_has_a_place_per_rank_and_the_front_beside_rank_0(tmp_path: Pat
     assert order.places[0].processes[1].command == ("decode_worker", "front")
 
 
+def test_one_switch_encrypts_every_rank_every_front_and_the_router(tmp_path: Path) -> None:
+    for encryption, kv in (("none", ("shm", "tcp")), ("tls", ("shm", "tcp+tls"))):
+        config = load_config(settings={"cluster.encryption": encryption})
+        orders = Orders(config, _MODEL, _SECRET, Modules())
+        for plan in topology.plan_workers(config, []):
+            order = orders.worker(plan, topology.worker_start(RunDir(tmp_path), plan.worker_id, "abcdef"))
+            rank, front = order.places[0].processes
+            assert from_json(RankSpec, rank.spec).transports == kv
+            assert from_json(FrontSpec, front.spec).encrypt == (encryption == "tls")
+        router = orders.router((1, 2), {}).processes[0]
+        assert from_json(RouterSpec, router.spec).encrypt == (encryption == "tls")
+
+
 @pytest.mark.parametrize(("role", "package"), [("prefill", "prefill_worker"), ("mixed", "decode_worker")])
 def test_each_role_has_its_package(role: str, package: str) -> None:
     assert Modules().worker(role) == package

@@ -52,12 +52,12 @@ $(VENV)/bin/python:
 
 $(VENV)/.runtime: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/pip install $(PIP) -e .
-	$(BIN)/python -m engine.kernels.build
+	$(BIN)/python -m engine.kernels.build && $(BIN)/python -m kvtransfer.native.library
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/pip install $(PIP) -e '.[dev]'
-	$(BIN)/python -m engine.kernels.build
+	$(BIN)/python -m engine.kernels.build && $(BIN)/python -m kvtransfer.native.library
 	@touch $@ $(VENV)/.runtime
 
 $(PROTO_VENV)/.done: Makefile

@@ -1,49 +1,56 @@
-"""A data frame on its way into the pool: verified piece by piece, where it lies, right after each piece got there."""
+"""A data frame on its way into the pool: verified where it lies, each piece right after it got there."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Final
 
 from kvtransfer.faults import FaultHook
 from kvtransfer.lanes import Landing
 from kvtransfer.messages import Data
-from kvtransfer.pool import Pool, data_hasher, fetch
+from kvtransfer.pool import Digest, Extents, Pool, copy, seal
 
 
 class Arrival:
-    """Takes the pieces of one frame in canonical order; then `is_verified` says whether its digest is right.
+    """Takes the bytes of one frame in canonical order; then `is_verified` says whether its digest is right.
 
-    A piece is hashed from its final location while it is still in cache. Transfer thread only.
+    Transfer thread only.
     """
 
-    def __init__(self, frame: Data, landing: Landing, context: bytes | None, faults: FaultHook | None) -> None:
+    def __init__(
+        self, frame: Data, landing: Landing, pool: Pool, context: bytes | None, faults: FaultHook | None
+    ) -> None:
         """`context` None: do not verify."""
         self.frame: Final = frame
         self.landing: Final = landing
-        self._hasher = None if context is None else data_hasher(context, frame)
+        self.extents: Final = Extents(pool, landing.parts, landing.num_bytes)
+        self._context = context
+        self._digest = None if context is None else Digest(self.extents)
         self._faults = faults
-        self.landed: Final[Callable[[memoryview], None] | None] = self._landing_hook()
-        """To be called with each piece once it is in place; None: no need."""
+        self._landed_bytes = 0
 
     @property
     def is_verified(self) -> bool:
-        """All pieces have landed: are they what was sent?"""
-        return self._hasher is None or self._hasher.digest() == self.frame.digest
+        """All bytes have landed: are they what was sent?"""
+        if self._digest is None or self._context is None:
+            return True
+        return seal(self._context, self.frame, self._digest.result()) == self.frame.digest
 
-    def fetch(self, destination: Pool, source: Pool) -> None:
-        """Copy all pieces from the sender's pool."""
-        assert self.landing.copies is not None
-        for (layer, _), copies in zip(self.landing.parts, self.landing.copies, strict=True):
-            fetch(destination, source, layer, copies, self.landed)
-
-    def _landing_hook(self) -> Callable[[memoryview], None] | None:
+    def landed(self, num_bytes: int) -> None:
+        """The next `num_bytes` are in place."""
         if self._faults is not None:
-            return self._landed_with_faults
-        return None if self._hasher is None else self._hasher.update
+            for piece in self.extents.views(self._landed_bytes, num_bytes):
+                self._faults.after_landing(self.frame, piece)
+            self._landed_bytes += num_bytes
+        if self._digest is not None:
+            self._digest.take(num_bytes)
 
-    def _landed_with_faults(self, piece: memoryview) -> None:
-        assert self._faults is not None
-        self._faults.after_landing(self.frame, piece)
-        if self._hasher is not None:
-            self._hasher.update(piece)
+    def fetch(self, source: Pool) -> None:
+        """Copy all bytes from the sender's pool."""
+        parts, num_bytes = self.landing.source_parts, self.landing.num_bytes
+        assert parts is not None
+        fro = Extents(source, parts, num_bytes)
+        if self._faults is None:
+            copy(self.extents, fro, self._digest)
+        else:
+            copy(self.extents, fro, None)
+            self.landed(num_bytes)

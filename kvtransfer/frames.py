@@ -70,8 +70,8 @@ class Sink(NamedTuple):
 
     views: list[memoryview]
     """As long as the payload, in order; the list is used up."""
-    landed: Callable[[memoryview], None] | None
-    """Told of every piece that is in place, in order, before the next one is read."""
+    landed: Callable[[int], None]
+    """Told how many more bytes are in place, before the next ones are read."""
 
 
 class FrameReader:
@@ -99,7 +99,7 @@ class FrameReader:
         self._code = 0
         self._payload_bytes = 0
         self._message: Message | None = None
-        self._landed: Callable[[memoryview], None] | None = None
+        self._landed: Callable[[int], None] | None = None
         self._pending: list[memoryview] = [memoryview(self._head)]
         self._advance = self._head_read
 
@@ -129,19 +129,16 @@ class FrameReader:
         Raises:
             ProtocolError: the stream can not be understood any more.
         """
-        pending, landed = self._pending, self._landed
+        pending = self._pending
+        if self._landed is not None:
+            self._landed(num_bytes)
         done = 0
-        while num_bytes:
-            first = pending[done]
-            if num_bytes < len(first):
-                pending[done] = first[num_bytes:]
-                first = first[:num_bytes]
-            else:
-                done += 1
-            num_bytes -= len(first)
-            if landed is not None:
-                landed(first)
+        while done < len(pending) and num_bytes >= len(pending[done]):
+            num_bytes -= len(pending[done])
+            done += 1
         del pending[:done]
+        if num_bytes:
+            pending[0] = pending[0][num_bytes:]
         if not pending:
             self._advance()
 

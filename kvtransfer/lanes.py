@@ -8,22 +8,19 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Sequence
-from typing import Final, NamedTuple, TypeAlias
+from typing import Final, NamedTuple
 
 from baton.kv_layout import UNIT_TOKENS
 from kvtransfer.api import TransferId
 from kvtransfer.messages import DIGEST_BYTES, Data
-from kvtransfer.plan import FETCHED_FRAME_BYTES, FRAME_BYTES, HASH_BYTES, Copy, CopyPlan, Run, TableRuns, zip_runs
+from kvtransfer.plan import FETCHED_FRAME_BYTES, FRAME_BYTES, CopyPlan, Part, TableRuns
 
 _NO_DIGEST: Final = bytes(DIGEST_BYTES)
-_MAX_CACHED_COPIES: Final = 16
+_MAX_CACHED_SOURCES: Final = 16
 _FIRST_FRAME_BYTES: Final = 512 * 1024
 """Frames grow with what has been sent, so that the receiver starts early and has few frames to handle later."""
 _WINDOW_PARTS: Final = 4
 """A receiver returns credit when a quarter of the window is consumed; a sender's frame takes at most half of it."""
-
-Part: TypeAlias = tuple[int, list[Run]]
-"""A layer, and bytes of it in canonical order, relative to the layer's start in the pool. Lists are shared."""
 
 
 class Outgoing(NamedTuple):
@@ -40,8 +37,8 @@ class Landing(NamedTuple):
 
     parts: list[Part]
     """Destination bytes."""
-    copies: list[list[Copy]] | None
-    """Per part: how the receiver fetches the bytes itself. None: they come on the stream."""
+    source_parts: list[Part] | None
+    """Where the receiver fetches the bytes in the sender's pool. None: they come on the stream."""
     num_bytes: int
 
 
@@ -168,7 +165,7 @@ class ReceiveLane:
         self._got: list[int] = []
         """Per layer: bit u is set when unit u is in place and verified."""
         self._full = 0
-        self._copies: dict[tuple[int, int, int, bytes], list[Copy]] = {}
+        self._sources: dict[tuple[int, int, bytes], TableRuns] = {}
 
     def accept(self, block_table: Sequence[int], num_tokens: int, first_token: int, window_bytes: int) -> None:
         """Blocks are granted: tokens [first_token, num_tokens) may come."""
@@ -215,13 +212,14 @@ class ReceiveLane:
             raise Misfit(f"a payload of {payload_bytes} bytes where {num_bytes} are due")
         if self._bytes_begun + num_bytes > self._bytes_credited + self.window_bytes:
             raise Misfit("more bytes than credited")
-        copies = None
+        source_parts = None
         if payload_bytes is None:
-            copies = [self._copies_of(runs, layer, first, end, frame.source_blocks) for layer in layers]
+            source = self._source_of(first, end, frame.source_blocks)
+            source_parts = [(layer, source.runs(layer, first, end)) for layer in layers]
         elif frame.source_blocks:
             raise Misfit("block ids on a stream")
         self._bytes_begun += num_bytes
-        return Landing([(layer, runs.runs(layer, first, end)) for layer in layers], copies, num_bytes)
+        return Landing([(layer, runs.runs(layer, first, end)) for layer in layers], source_parts, num_bytes)
 
     def landed(self, frame: Data, num_bytes: int) -> int | None:
         """The bytes are in place and verified. Answers the total to credit, when it is time."""
@@ -250,18 +248,20 @@ class ReceiveLane:
         end = (frame.first_unit + frame.num_units) * UNIT_TOKENS
         return frame.first_unit * UNIT_TOKENS, min(end, self._num_tokens)
 
-    def _copies_of(self, runs: TableRuns, layer: int, first: int, end: int, source_blocks: bytes) -> list[Copy]:
-        """How to fetch tokens [first, end) of a layer from the blocks that the sender names."""
+    def _source_of(self, first: int, end: int, source_blocks: bytes) -> TableRuns:
+        """Where tokens [first, end) lie in the blocks that the sender names.
+
+        Raises:
+            Misfit: not as many as the tokens take, or not in its pool.
+        """
         plan = self.plan
-        key = (id(plan.source_sides[layer]), first, end, source_blocks)
-        found = self._copies.get(key)
+        found = self._sources.get((first, end, source_blocks))
         if found is None:
             blocks, first_block = _checked_blocks(plan, first, end, source_blocks)
-            source = TableRuns(plan.source_sides, plan.group_tokens, blocks, first_block)
-            if len(self._copies) >= _MAX_CACHED_COPIES:
-                self._copies.clear()
-            to, fro = runs.runs(layer, first, end), source.runs(layer, first, end)
-            found = self._copies[key] = zip_runs(to, fro, HASH_BYTES)
+            if len(self._sources) >= _MAX_CACHED_SOURCES:
+                self._sources.clear()
+            found = TableRuns(plan.source_sides, plan.group_tokens, blocks, first_block)
+            self._sources[first, end, source_blocks] = found
         return found
 
 

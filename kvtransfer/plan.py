@@ -22,6 +22,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
+
 from baton.errors import LayoutMismatch
 from baton.kv_layout import UNIT_TOKENS, KVLayout, ModelKV, kv_head_range
 
@@ -36,8 +39,11 @@ HASH_BYTES: Final = 256 * 1024
 
 _MAX_CACHED_RANGES: Final = 256
 
-Run: TypeAlias = tuple[int, int]
-"""(start, end) in bytes, relative to the first byte of the layer in its pool."""
+Runs: TypeAlias = npt.NDArray[np.uint64]
+"""[num_runs, 2]: (start, length) in bytes, relative to the first byte of the layer in its pool. Shared: never changed."""
+
+Part: TypeAlias = tuple[int, Runs]
+"""A layer, and bytes of it in canonical order."""
 
 Copy: TypeAlias = tuple[int, int, int, int]
 """(destination start, destination end, source start, source end) in bytes, relative to the layer in each pool."""
@@ -103,15 +109,12 @@ class TableRuns:
     ) -> None:
         self._sides = sides
         self._group_tokens = group_tokens
-        self._block_table = block_table
+        self._block_table = np.array(block_table, np.int64)
         self._first_block = first_block
-        self._cache: dict[tuple[int, int, int], list[Run]] = {}
+        self._cache: dict[tuple[int, int, int], Runs] = {}
 
-    def runs(self, layer: int, first_token: int, end_token: int) -> list[Run]:
-        """The bytes of tokens [first_token, end_token) of `layer` in canonical order, neighbours melted together.
-
-        The list is shared: do not change it.
-        """
+    def runs(self, layer: int, first_token: int, end_token: int) -> Runs:
+        """The bytes of tokens [first_token, end_token) of `layer` in canonical order, neighbours melted together."""
         side = self._sides[layer]
         key = (id(side), first_token, end_token)
         found = self._cache.get(key)
@@ -121,44 +124,45 @@ class TableRuns:
             found = self._cache[key] = self._compute(side, first_token, end_token)
         return found
 
-    def _compute(self, side: LayerSide, first_token: int, end_token: int) -> list[Run]:
-        runs: list[Run] = []
+    def _compute(self, side: LayerSide, first_token: int, end_token: int) -> Runs:
         head_bytes = side.block_size * side.token_bytes
         half_bytes = side.num_local_heads * head_bytes
-        heads_start = side.first_head * head_bytes
-        token = first_token
-        while token < end_token:
-            group_end = min(token - token % self._group_tokens + self._group_tokens, end_token)
-            block, in_block = divmod(token, side.block_size)
-            base = self._block_table[block - self._first_block] * 2 * half_bytes + heads_start
-            base += in_block * side.token_bytes
-            length = (group_end - token) * side.token_bytes
-            for half in (base, base + half_bytes):
-                if length == head_bytes:  # the whole block: its heads are contiguous
-                    _append(runs, half, side.num_heads * head_bytes)
-                else:
-                    for head in range(side.num_heads):
-                        _append(runs, half + head * head_bytes, length)
-            token = group_end
-        return runs
+        edges = np.arange(
+            first_token - first_token % self._group_tokens, end_token + self._group_tokens, self._group_tokens
+        )
+        edges[0], edges[-1] = first_token, end_token
+        tokens = edges[:-1]
+        blocks, in_block = np.divmod(tokens, side.block_size)
+        bases = self._block_table[blocks - self._first_block] * (2 * half_bytes) + in_block * side.token_bytes
+        halves = np.arange(2) * half_bytes
+        heads = np.arange(side.first_head, side.first_head + side.num_heads) * head_bytes
+        starts = bases[:, None] + (halves[:, None] + heads).ravel()  # [group, K|V x head]
+        lengths = np.broadcast_to(np.diff(edges)[:, None] * side.token_bytes, starts.shape)
+        return _melted(starts.ravel(), lengths.ravel())
 
 
-def _append(runs: list[Run], start: int, length: int) -> None:
-    if runs and runs[-1][1] == start:
-        runs[-1] = (runs[-1][0], start + length)
-    else:
-        runs.append((start, start + length))
+def _melted(starts: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> Runs:
+    """Runs in which what ends where the next one starts is one."""
+    is_first = np.ones(len(starts), np.bool_)
+    np.not_equal(starts[1:], starts[:-1] + lengths[:-1], out=is_first[1:])
+    firsts = np.flatnonzero(is_first)
+    runs = np.empty((len(firsts), 2), np.uint64)
+    runs[:, 0] = starts[firsts]
+    runs[:, 1] = np.add.reduceat(lengths, firsts)
+    return runs
 
 
-def zip_runs(destination: Sequence[Run], source: Sequence[Run], max_bytes: int = FETCHED_FRAME_BYTES) -> list[Copy]:
+def zip_runs(destination: Runs, source: Runs, max_bytes: int = FETCHED_FRAME_BYTES) -> list[Copy]:
     """Pair two lists of runs over the same canonical bytes into copies of at most `max_bytes`."""
     copies: list[Copy] = []
-    pending = iter(source)
+    pending = iter(source.tolist())
     at, end = 0, 0
-    for start, stop in destination:
+    for start, num_bytes in destination.tolist():
+        stop = start + num_bytes
         while start < stop:
             if at == end:
-                at, end = next(pending)
+                at, length = next(pending)
+                end = at + length
             length = min(stop - start, end - at, max_bytes)
             copies.append((start, start + length, at, at + length))
             start += length

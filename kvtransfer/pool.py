@@ -1,10 +1,15 @@
-"""The bytes of a pool: views of runs, digests over them, copies between pools. Knows no peers and no transfers."""
+"""The bytes of a pool: scattered runs of them, digests over those, copies between pools. Knows no peers, no transfers.
+
+A frame's digest is H(identity, digest(bytes)), both xxh3-128. Natively, where there is a compiler (kvtransfer.native),
+else by the xxhash package and numpy: the digests are the same.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Iterator, Sequence
 from typing import Final, TypeAlias
 
 import numpy as np
@@ -12,12 +17,17 @@ import numpy.typing as npt
 import xxhash
 
 from baton.kv_layout import KVLayout
-from kvtransfer.messages import Data
-from kvtransfer.plan import HASH_BYTES, Copy, Run
+from kvtransfer.messages import DIGEST_BYTES, Data
+from kvtransfer.native.library import library
+from kvtransfer.plan import HASH_BYTES, Part, Runs, zip_runs
 
 _IDENTITY: Final = struct.Struct("<16s16sIIIIII")
+_MAX_SHORT_BYTES: Final = 240
+"""xxh3 treats so few bytes in other ways; native code knows only the longer inputs."""
 
 Bytes: TypeAlias = npt.NDArray[np.uint8]
+Pieces: TypeAlias = npt.NDArray[np.uint64]
+"""[num_pieces, 2]: (address, length in bytes), in order."""
 
 
 class Pool:
@@ -27,17 +37,27 @@ class Pool:
         flat = buffer.cast("B") if buffer.format != "B" or buffer.ndim != 1 else buffer
         if len(flat) < layout.pool_bytes:
             raise ValueError(f"the pool needs {layout.pool_bytes} bytes, the buffer has {len(flat)}")
+        library()  # here, where blocking is allowed
         self._layers: list[memoryview] = []
         start = 0
         for layer in range(len(layout.model.layers)):
             end = start + layout.block_bytes(layer) * layout.geometry.num_blocks
             self._layers.append(flat[start:end])
             start = end
+        self._bases: list[Pieces] = [np.array([[_address(view), 0]], np.uint64) for view in self._layers]
 
-    def views(self, layer: int, runs: Iterable[Run]) -> list[memoryview]:
+    def views(self, layer: int, runs: Runs) -> list[memoryview]:
         """The bytes of `runs`, in order, without a copy."""
         view = self._layers[layer]
-        return [view[start:end] for start, end in runs]
+        return [view[start : start + length] for start, length in runs.tolist()]
+
+    def pieces(self, parts: Sequence[Part]) -> Pieces:
+        """Where the bytes of `parts` lie; valid until `release`."""
+        bases = self._bases
+        if len(parts) == 1:
+            layer, runs = parts[0]
+            return runs + bases[layer]
+        return np.concatenate([runs + bases[layer] for layer, runs in parts])
 
     def layer(self, layer: int) -> memoryview:
         """All bytes of one layer."""
@@ -52,43 +72,116 @@ class Pool:
         for view in self._layers:
             with contextlib.suppress(BufferError):  # a traceback still holds an array over it
                 view.release()
-        self._layers = []
+        self._layers, self._bases = [], []
 
 
-def data_hasher(context: bytes, frame: Data) -> xxhash.xxh3_128:
-    """xxh3-128, fed with the identity of a frame: both ends, transfer, ranks, layers, units.
+class Extents:
+    """The scattered bytes of a frame in one pool, in canonical order. Valid until the pool is released."""
+
+    def __init__(self, pool: Pool, parts: Sequence[Part], num_bytes: int) -> None:
+        self.num_bytes: Final = num_bytes
+        self._pool = pool
+        self._parts = parts
+        self._pieces: Pieces | None = None
+
+    def views(self, start: int = 0, num_bytes: int | None = None) -> list[memoryview]:
+        """The bytes from `start` on, in order, without a copy; all if `num_bytes` is None."""
+        found = [view for layer, runs in self._parts for view in self._pool.views(layer, runs)]
+        return found if num_bytes is None else _cut(found, start, num_bytes)
+
+    @property
+    def address(self) -> int:
+        """Of the table of pieces, for native code; valid as long as this object."""
+        if self._pieces is None:
+            self._pieces = self._pool.pieces(self._parts)
+        return int(self._pieces.__array_interface__["data"][0])
+
+    def copies_from(self, source: Extents) -> Iterator[tuple[Bytes, Bytes]]:
+        """Pairs of equally long (to, from) pieces of at most HASH_BYTES, in order."""
+        for (layer, runs), (_, source_runs) in zip(self._parts, source._parts, strict=True):
+            to, fro = self._pool.array(layer), source._pool.array(layer)
+            for start, end, from_start, from_end in zip_runs(runs, source_runs, HASH_BYTES):
+                yield to[start:end], fro[from_start:from_end]
+
+
+class Digest:
+    """xxh3-128 over the bytes of a frame, piece by piece, each while it is in cache. One thread."""
+
+    def __init__(self, extents: Extents) -> None:
+        self._extents = extents
+        self._native = library() if extents.num_bytes > _MAX_SHORT_BYTES else None
+        self.state: Final = None if self._native is None else ctypes.create_string_buffer(self._native.digest_bytes)
+        """Of native code, which `copy` feeds by itself."""
+        self._cursor = (ctypes.c_uint64 * 2)()
+        self._taken_bytes = 0
+        self._hasher = xxhash.xxh3_128() if self._native is None else None
+
+    def take(self, num_bytes: int) -> None:
+        """The next `num_bytes` are in place."""
+        if self._hasher is None:
+            assert self._native is not None
+            self._native.digest_take(self.state, self._extents.address, self._cursor, num_bytes)
+            return
+        for view in self._extents.views(self._taken_bytes, num_bytes):
+            self._hasher.update(view)
+        self._taken_bytes += num_bytes
+
+    def result(self) -> bytes:
+        """The digest; only once all bytes are taken."""
+        if self._hasher is not None:
+            digest: bytes = self._hasher.digest()
+            return digest
+        assert self._native is not None
+        out = ctypes.create_string_buffer(DIGEST_BYTES)
+        self._native.digest_result(self.state, out)
+        return out.raw
+
+
+def copy(to: Extents, source: Extents, digest: Digest | None) -> None:
+    """Copy the bytes of a frame from another pool; `digest` is fed with what then lies in `to`.
+
+    Large copies do not hold the GIL.
+    """
+    native = library()
+    if native is not None:
+        state = None if digest is None else digest.state
+        native.copy(to.address, source.address, to.num_bytes, state)
+        if digest is not None and state is None:
+            digest.take(to.num_bytes)
+        return
+    for mine, theirs in to.copies_from(source):
+        mine[:] = theirs
+        if digest is not None:
+            digest.take(len(mine))
+
+
+def seal(context: bytes, frame: Data, digest: bytes) -> bytes:
+    """What a frame carries: the digest of its bytes, bound to what it is (both ends, transfer, ranks, layers, units).
 
     It detects faults, not attackers: those are kept off the link by its authentication.
     """
-    return xxhash.xxh3_128(_IDENTITY.pack(context, *frame[:7]))
+    sealed: bytes = xxhash.xxh3_128_digest(_IDENTITY.pack(context, *frame[:7]) + digest)
+    return sealed
 
 
-def data_digest(context: bytes, frame: Data, views: Iterable[memoryview]) -> bytes:
-    """The digest over the identity of a frame and its bytes in canonical order."""
-    hasher = data_hasher(context, frame)
-    update = hasher.update
+def data_digest(context: bytes, frame: Data, extents: Extents) -> bytes:
+    """The sealed digest of a frame whose bytes are all in place."""
+    digest = Digest(extents)
+    digest.take(extents.num_bytes)
+    return seal(context, frame, digest.result())
+
+
+def _address(view: memoryview) -> int:
+    return int(np.frombuffer(view, np.uint8).__array_interface__["data"][0])
+
+
+def _cut(views: list[memoryview], start: int, num_bytes: int) -> list[memoryview]:
+    """Bytes [start, start + num_bytes) of a list of views."""
+    found: list[memoryview] = []
     for view in views:
-        if len(view) <= HASH_BYTES:
-            update(view)
-        else:
-            for start in range(0, len(view), HASH_BYTES):
-                update(view[start : start + HASH_BYTES])
-    return hasher.digest()
-
-
-def fetch(
-    destination: Pool, source: Pool, layer: int, copies: Iterable[Copy], landed: Callable[[memoryview], None] | None
-) -> None:
-    """Copy one layer's part of a frame from another pool; `landed` gets each piece (of at most HASH_BYTES) at once.
-
-    The copies do not hold the GIL, but for small ones.
-    """
-    to, fro = destination.array(layer), source.array(layer)
-    if landed is None:
-        for start, end, from_start, from_end in copies:
-            to[start:end] = fro[from_start:from_end]
-        return
-    view = destination.layer(layer)
-    for start, end, from_start, from_end in copies:
-        to[start:end] = fro[from_start:from_end]
-        landed(view[start:end])
+        piece = view[start : start + num_bytes]
+        start = max(0, start - len(view))
+        if piece:
+            found.append(piece)
+            num_bytes -= len(piece)
+    return found

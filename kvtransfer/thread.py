@@ -17,10 +17,10 @@ from kvtransfer.auth import LinkKey
 from kvtransfer.connection import HANDSHAKE_S, Connection, Role
 from kvtransfer.faults import FaultHook
 from kvtransfer.frames import Sink
-from kvtransfer.lanes import Landing, Part
+from kvtransfer.lanes import Landing
 from kvtransfer.link import OutgoingFrame
 from kvtransfer.messages import Data, Message
-from kvtransfer.pool import Pool, data_digest
+from kvtransfer.pool import Extents, Pool, data_digest
 from kvtransfer.protocol import Action, CloseLink, Connect, DataReady, Emit, Send, StopIO
 from kvtransfer.receiving import ReceiveSide
 from kvtransfer.sending import SendSide
@@ -238,7 +238,7 @@ class TransferThread:
         if landing is None:
             return None
         connection.arrival = arrival = self._arrival(connection, message, landing)
-        return Sink(self._views(landing.parts), arrival.landed)
+        return Sink(arrival.extents.views(), arrival.landed)
 
     def end(self, connection: Connection, message: Message) -> None:
         """A message is complete."""
@@ -249,7 +249,7 @@ class TransferThread:
             if landing is not None:
                 connection.link.charge(landing.num_bytes)
                 arrival = self._arrival(connection, message, landing)
-                arrival.fetch(self._pool, connection.mapped.pool)
+                arrival.fetch(connection.mapped.pool)
                 self._arrived(connection, arrival)
         elif connection.arrival is not None:
             arrival, connection.arrival = connection.arrival, None
@@ -265,10 +265,11 @@ class TransferThread:
         session = connection.session
         assert session is not None
         frame, payload = outgoing.frame, []
-        if session.verify or not connection.is_fetched or self._faults is not None:
-            payload = self._views(outgoing.parts)
+        extents = Extents(self._pool, outgoing.parts, outgoing.num_bytes)
         if session.verify:
-            frame = frame._replace(digest=data_digest(session.context, frame, payload))
+            frame = frame._replace(digest=data_digest(session.context, frame, extents))
+        if not connection.is_fetched or self._faults is not None:
+            payload = extents.views()
         if self._faults is not None:
             payload = self._faults.before_send(frame, payload)
         self._bytes_sent += outgoing.num_bytes
@@ -280,7 +281,7 @@ class TransferThread:
     def _arrival(self, connection: Connection, frame: Data, landing: Landing) -> Arrival:
         session = connection.session
         assert session is not None
-        return Arrival(frame, landing, session.context if session.verify else None, self._faults)
+        return Arrival(frame, landing, self._pool, session.context if session.verify else None, self._faults)
 
     def _arrived(self, connection: Connection, arrival: Arrival) -> None:
         """All bytes of a frame are in place."""
@@ -291,11 +292,6 @@ class TransferThread:
         self.receive.data_landed(
             self._clock.now(), connection.key, frame, num_bytes, verified=verified, is_fetched=connection.is_fetched
         )
-
-    def _views(self, parts: list[Part]) -> list[memoryview]:
-        if len(parts) == 1:
-            return self._pool.views(*parts[0])
-        return [view for layer, runs in parts for view in self._pool.views(layer, runs)]
 
     # The end.
 

@@ -42,6 +42,7 @@ from tests.support.transfer import (
     Rank,
     Worker,
     assert_equal,
+    extents_over,
     kvtransfer_threads,
     let_pass,
     make_worker,
@@ -776,7 +777,7 @@ def half_sent() -> Iterator[tuple[Worker, ScriptedSender, TransferId, bytes]]:
     destination.leader.endpoint.grant(transfer_id, [0, 1, 2, 3], 64, 0)
     payload = os.urandom(4 * 2048)
     frame = Data(transfer_id, 0, 0, 0, 1, 0, 4, bytes(16), b"")
-    frame = frame._replace(digest=data_digest(sender.session.context, frame, [memoryview(payload)]))
+    frame = frame._replace(digest=data_digest(sender.session.context, frame, extents_over(payload)))
     sender.sock.sendall(sender.frame(frame, len(payload)) + payload[:4096])
     destination.leader.wait_for(lambda: destination.leader.layer_bytes(0)[1].any())
     try:

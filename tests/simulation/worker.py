@@ -364,8 +364,8 @@ class Rank:
         blocks: set[int] = set()
         for layer, runs in landing.parts:
             size = self.layout.block_bytes(layer)
-            for start, end in runs:
-                blocks.update(range(start // size, -(-end // size)))
+            for start, length in runs.tolist():
+                blocks.update(range(start // size, -(-(start + length) // size)))
         return blocks
 
 

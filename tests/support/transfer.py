@@ -20,6 +20,7 @@ from baton.tls import make_identity
 from kvtransfer.api import EndpointConfig, PeerWorker, SendRequest, TransferEvent, TransferId
 from kvtransfer.endpoint import Endpoint
 from kvtransfer.faults import FaultHook
+from kvtransfer.pool import Extents, Pool
 
 SECRET = b"a secret of one cluster, 32 byte"
 MODEL = ModelKV((LayerSpec(4, 8), LayerSpec(4, 8), LayerSpec(4, 8)), "bfloat16", "f1")
@@ -170,6 +171,15 @@ def make_worker(
         config = replace(config, **settings)  # type: ignore[arg-type]
         ranks.append(Rank(layout, buffer, Endpoint(config, buffer, fd, faults=faults, clock=clock), fd, mapping))
     return Worker(name, incarnation, ranks)
+
+
+def extents_over(data: bytes, cuts: Sequence[int] = ()) -> Extents:
+    """`data` as a pool of its own, its bytes in runs that end at `cuts`."""
+    layout = KVLayout(ModelKV((LayerSpec(1, 1),), "bfloat16", "f"), KVGeometry(1, 16, len(data) // 64 + 1), 0)
+    buffer = bytearray(data) + bytes(layout.pool_bytes - len(data))
+    edges = np.array(sorted({0, len(data), *(cut for cut in cuts if cut < len(data))}), np.uint64)
+    runs = np.stack([edges[:-1], np.diff(edges)], axis=1)
+    return Extents(Pool(layout, memoryview(buffer)), [(0, runs)], len(data))
 
 
 def pattern(model: ModelKV, num_tokens: int, seed: int = 0) -> list[np.ndarray]:

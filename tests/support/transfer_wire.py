@@ -24,7 +24,7 @@ from kvtransfer.api import (
 from kvtransfer.auth import LinkKey
 from kvtransfer.messages import Data, Message, TransferMessage
 from kvtransfer.plan import plan_copies
-from kvtransfer.pool import Pool, data_digest
+from kvtransfer.pool import Extents, Pool, copy, data_digest
 from kvtransfer.protocol import CloseLink, Connect, DataReady, Emit, Send, StopIO
 from kvtransfer.receiving import ReceiveSide
 from kvtransfer.sending import SendSide
@@ -204,9 +204,9 @@ class Wire:
         outgoing = source.side.next_data(destination.key, name_blocks=self.is_fetched)
         if outgoing is None:
             return
-        views = [view for layer, runs in outgoing.parts for view in source.pool.views(layer, runs)]
-        payload = b"" if self.is_fetched else b"".join(views)
-        frame = outgoing.frame._replace(digest=data_digest(CONTEXT, outgoing.frame, views))
+        extents = Extents(source.pool, outgoing.parts, outgoing.num_bytes)
+        payload = b"" if self.is_fetched else b"".join(extents.views())
+        frame = outgoing.frame._replace(digest=data_digest(CONTEXT, outgoing.frame, extents))
         link.to_receiver.append(Flying(frame, payload))
 
     def _to_sender(self, link: WireLink) -> None:
@@ -233,21 +233,18 @@ class Wire:
         if landing is None:
             return
         assert frame.transfer_id in destination.writable, "bytes would land outside of a grant"
-        views = [view for layer, runs in landing.parts for view in destination.pool.views(layer, runs)]
-        if landing.copies is None:
+        extents = Extents(destination.pool, landing.parts, landing.num_bytes)
+        if landing.source_parts is None:
             data = bytearray(payload)
             if self._corrupt is not None:
                 self._corrupt(frame, data)
             start = 0
-            for view in views:
+            for view in extents.views():
                 view[:] = data[start : start + len(view)]
                 start += len(view)
         else:
-            for (layer, _), copies in zip(landing.parts, landing.copies, strict=True):
-                to, fro = destination.pool.layer(layer), source.pool.layer(layer)
-                for start, end, from_start, from_end in copies:
-                    to[start:end] = fro[from_start:from_end]
-        verified = data_digest(CONTEXT, frame, views) == frame.digest
+            copy(extents, Extents(source.pool, landing.source_parts, landing.num_bytes), None)
+        verified = data_digest(CONTEXT, frame, extents) == frame.digest
         side.data_landed(self.now, source.key, frame, landing.num_bytes, verified=verified, is_fetched=self.is_fetched)
 
     # Engines.

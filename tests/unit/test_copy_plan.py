@@ -115,7 +115,7 @@ def test_equal_geometries_move_neighbouring_blocks_in_one_run() -> None:
     plan = plan_copies(layout, layout)
     runs = TableRuns(plan.source_sides, plan.group_tokens, [7, 8, 9, 3]).runs(0, 0, 128)
     block = layout.block_bytes(0)
-    assert runs == [(7 * block, 10 * block), (3 * block, 4 * block)]
+    assert runs.tolist() == [[7 * block, 3 * block], [3 * block, block]]
 
 
 def test_a_partial_last_unit_touches_no_byte_beyond_the_last_token() -> None:
@@ -124,7 +124,7 @@ def test_a_partial_last_unit_touches_no_byte_beyond_the_last_token() -> None:
     plan = plan_copies(layout, layout)
     runs = TableRuns(plan.source_sides, plan.group_tokens, [2]).runs(0, 0, 5)
     row, block = 8, layout.block_bytes(0)
-    assert runs == [(2 * block + i * 16 * row, 2 * block + i * 16 * row + 5 * row) for i in range(4)]
+    assert runs.tolist() == [[2 * block + i * 16 * row, 5 * row] for i in range(4)]
 
 
 @settings(deadline=None)

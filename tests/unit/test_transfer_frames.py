@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import random
 import struct
 from typing import Any
 
@@ -13,10 +13,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from baton.kv_layout import KVGeometry, KVLayout, LayerSpec, ModelKV
-from kvtransfer import messages
+from kvtransfer import messages, pool
 from kvtransfer.auth import decode_layout, encode_layout
 from kvtransfer.frames import HEAD_BYTES, FrameReader, Sink, Tagger, encode_frame
 from kvtransfer.messages import (
+    DIGEST_BYTES,
     MAX_NAMED_TRANSFERS,
     SMALL_BODY_BYTES,
     UNAUTHENTICATED_BODY_BYTES,
@@ -35,7 +36,9 @@ from kvtransfer.messages import (
     decode_body,
     encode_body,
 )
-from kvtransfer.pool import data_digest
+from kvtransfer.native.library import library
+from kvtransfer.pool import Digest, copy, data_digest, seal
+from tests.support.transfer import extents_over
 
 KEY = b"k" * 32
 ids = st.binary(min_size=16, max_size=16)
@@ -78,7 +81,7 @@ class Recorder:
     def __init__(self, *, opened: bool = True, max_control_bytes: int = 2**20, max_payload_bytes: int = 4096) -> None:
         self.done: list[Message] = []
         self.payload = bytearray()
-        self.pieces: list[bytes] = []
+        self.num_landed = 0
         self.reader = FrameReader(self._begin, self.done.append, max_control_bytes)
         if opened:
             self.reader.open(KEY, max_payload_bytes)
@@ -88,7 +91,10 @@ class Recorder:
         view = memoryview(self.payload)
         middle = payload_bytes // 3
         parts = [part for part in (view[:middle], view[middle:]) if part]
-        return Sink(parts, lambda piece: self.pieces.append(bytes(piece)))
+        return Sink(parts, self._landed)
+
+    def _landed(self, num_bytes: int) -> None:
+        self.num_landed += num_bytes
 
     def feed(self, stream: bytes, chunk: int = 2**20) -> None:
         """Fill the reader's buffers from a stream, at most `chunk` bytes at a time."""
@@ -123,10 +129,10 @@ def test_a_stream_of_frames_is_read_whatever_its_cuts(frames: list[tuple[Message
     tagger, recorder = Tagger(KEY), Recorder()
     for message, payload in frames:
         payload = payload if isinstance(message, Data) else b""
-        recorder.pieces.clear()
+        recorder.num_landed = 0
         recorder.feed(encode_frame(message, tagger, len(payload)) + payload, chunk)
         assert recorder.payload == payload
-        assert b"".join(recorder.pieces) == payload
+        assert recorder.num_landed == len(payload)
     assert recorder.done == [message for message, _ in frames]
 
 
@@ -331,25 +337,58 @@ FRAME = Data(b"i" * 16, 0, 1, 2, 3, 4, 5, bytes(16), b"")  # type: ignore[arg-ty
     "field", ["source_rank", "destination_rank", "first_layer", "num_layers", "first_unit", "num_units"]
 )
 def test_the_digest_covers_every_field_of_the_identity(field: str) -> None:
-    payload = [memoryview(b"x" * 100)]
+    payload = extents_over(b"x" * 100)
     changed = FRAME._replace(**{field: 7})
     assert data_digest(bytes(16), FRAME, payload) != data_digest(bytes(16), changed, payload)
 
 
 def test_the_digest_covers_transfer_and_link() -> None:
-    payload = [memoryview(b"x" * 100)]
+    payload = extents_over(b"x" * 100)
     digest = data_digest(bytes(16), FRAME, payload)
     assert digest != data_digest(bytes(16), FRAME._replace(transfer_id=b"j" * 16), payload)  # type: ignore[arg-type]
     assert digest != data_digest(b"another link....", FRAME, payload)
 
 
-@relaxed(100)
-@given(st.binary(max_size=3000), st.lists(st.integers(0, 3000), max_size=5))
-def test_the_digest_does_not_depend_on_how_the_bytes_are_cut(data: bytes, cuts: list[int]) -> None:
-    edges = sorted({0, len(data), *(cut for cut in cuts if cut < len(data))})
-    pieces = [memoryview(data)[a:b] for a, b in itertools.pairwise(edges)]
-    assert data_digest(bytes(16), FRAME, pieces) == data_digest(bytes(16), FRAME, [memoryview(data)])
+@relaxed(200)
+@given(st.binary(max_size=3000), st.lists(st.integers(0, 3000), max_size=5), st.integers(1, 3000))
+def test_the_digest_does_not_depend_on_how_the_bytes_are_cut(data: bytes, cuts: list[int], step: int) -> None:
+    digest = Digest(extents_over(data, cuts))
+    for start in range(0, len(data), step):
+        digest.take(min(step, len(data) - start))
+    assert digest.result() == xxhash.xxh3_128_digest(data)
+    assert data_digest(bytes(16), FRAME, extents_over(data)) == seal(bytes(16), FRAME, digest.result())
 
 
-def test_the_digest_is_xxh3_128() -> None:
-    assert xxhash.xxh3_128(b"").digest_size == len(data_digest(bytes(16), FRAME, []))
+@pytest.mark.parametrize("width", [0, 1, 2])
+@pytest.mark.parametrize("num_bytes", [241, 1024, 1025, 4096, 4097, 65536, 300_007])
+def test_every_width_of_native_code_makes_the_same_digest(width: int, num_bytes: int) -> None:
+    native = library()
+    if native is None:
+        pytest.skip("no C++ compiler here")
+    data = random.Random(num_bytes).randbytes(num_bytes)
+    native.digest_width(width)
+    try:
+        for cuts in ((), (1,), (63, 64, 65, 1023), range(0, num_bytes, 97)):
+            to, digest = extents_over(bytes(num_bytes), cuts), None
+            digest = Digest(to)
+            copy(to, extents_over(data, cuts[::2]), digest)
+            assert b"".join(to.views()) == data
+            assert digest.result() == xxhash.xxh3_128_digest(data)
+    finally:
+        native.digest_width(2)
+
+
+@relaxed(50)
+@given(st.binary(max_size=3000), st.lists(st.integers(0, 3000), max_size=5), st.lists(st.integers(0, 3000), max_size=5))
+def test_without_native_code_copies_and_digests_are_the_same(data: bytes, cuts: list[int], others: list[int]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pool, "library", lambda: None)
+        to = extents_over(bytes(len(data)), cuts)
+        digest = Digest(to)
+        copy(to, extents_over(data, others), digest)
+    assert b"".join(to.views()) == data
+    assert digest.result() == xxhash.xxh3_128_digest(data)
+
+
+def test_a_digest_has_the_size_that_frames_carry() -> None:
+    assert len(data_digest(bytes(16), FRAME, extents_over(b""))) == DIGEST_BYTES

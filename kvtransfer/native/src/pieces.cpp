@@ -1,0 +1,91 @@
+// Scattered bytes: digests, copies and socket I/O of many pieces in one call. Knows no frames and no pools.
+//
+// A list of pieces is an array of (address, length) pairs, which is what the kernel calls an iovec. Nothing here checks
+// addresses: the caller makes them from its own pools and a copy plan, never from the wire.
+#include <cerrno>
+#include <sys/socket.h>
+#include <sys/uio.h>
+
+#include "xxh3.h"
+
+#define API extern "C" __attribute__((visibility("default")))
+
+namespace {
+
+constexpr size_t TILE = 4096;           // copied, then hashed where it lies, while it is in the innermost cache
+constexpr size_t HASH_BYTES = 256 * 1024;  // received, then hashed, while it is in the core's own cache
+constexpr int MAX_IOV = 512;
+
+xxh3::Accumulate accumulate = xxh3::accumulate_of(2);
+
+// Where a walk over a list of pieces stands.
+struct Cursor {
+    uint64_t piece;
+    uint64_t offset;
+};
+
+size_t least(size_t a, size_t b) { return a < b ? a : b; }
+
+uint8_t* at(const iovec* pieces, const Cursor& cursor) {
+    return static_cast<uint8_t*>(pieces[cursor.piece].iov_base) + cursor.offset;
+}
+
+size_t left(const iovec* pieces, const Cursor& cursor) { return pieces[cursor.piece].iov_len - cursor.offset; }
+
+void advance(const iovec* pieces, Cursor& cursor, size_t num_bytes) {
+    while (num_bytes) {
+        const size_t here = least(left(pieces, cursor), num_bytes);
+        cursor.offset += here;
+        num_bytes -= here;
+        if (cursor.offset == pieces[cursor.piece].iov_len) cursor = {cursor.piece + 1, 0};
+    }
+}
+
+void copy_piece(uint8_t* to, const uint8_t* from, size_t num_bytes, xxh3::Digest* digest) {
+    if (!digest) {
+        std::memcpy(to, from, num_bytes);
+        return;
+    }
+    while (num_bytes) {
+        const size_t tile = least(num_bytes, TILE);
+        std::memcpy(to, from, tile);
+        xxh3::take(*digest, to, tile, accumulate);
+        to += tile;
+        from += tile;
+        num_bytes -= tile;
+    }
+}
+
+}  // namespace
+
+API int32_t baton_pieces_abi() { return 1; }
+
+API uint64_t baton_digest_bytes() { return sizeof(xxh3::Digest); }
+
+// For tests: 0 portable, 1 AVX2, 2 AVX-512, each only where the CPU has it.
+API void baton_digest_width(int32_t width) { accumulate = xxh3::accumulate_of(width); }
+
+// Feeds the next `num_bytes` of the pieces, from the cursor on.
+API void baton_digest_take(xxh3::Digest* digest, const iovec* pieces, Cursor* cursor, uint64_t num_bytes) {
+    while (num_bytes) {
+        const size_t here = least(left(pieces, *cursor), num_bytes);
+        xxh3::take(*digest, at(pieces, *cursor), here, accumulate);
+        advance(pieces, *cursor, here);
+        num_bytes -= here;
+    }
+}
+
+// Only for more than 240 bytes in all.
+API void baton_digest_result(const xxh3::Digest* digest, uint8_t* out) { xxh3::result(*digest, out); }
+
+// Copies `num_bytes` from one list of pieces to another; `digest`, if any, is fed with what lies at the destination.
+API void baton_copy(const iovec* to, const iovec* from, uint64_t num_bytes, xxh3::Digest* digest) {
+    Cursor to_at{0, 0}, from_at{0, 0};
+    while (num_bytes) {
+        const size_t here = least(num_bytes, least(left(to, to_at), left(from, from_at)));
+        copy_piece(at(to, to_at), at(from, from_at), here, digest);
+        advance(to, to_at, here);
+        advance(from, from_at, here);
+        num_bytes -= here;
+    }
+}

@@ -67,6 +67,7 @@ class TopologySection(_Section):
     prefill: Count = 1
     decode: Count = 1
     mixed: Count = 0
+    routers: int = Field(default=1, ge=1, le=64)  # in a Ray cluster each on a node of its own; else port, port + 1, ..
     tp: int = Field(default=1, ge=1, le=64)  # of decode and mixed workers
     prefill_tp: int | None = Field(default=None, ge=1, le=64)  # None: as tp
 
@@ -94,7 +95,7 @@ class TransferSection(_Section):
 class RouterSection(_Section):
     """The front doors."""
 
-    host: str = "127.0.0.1"
+    host: str = "127.0.0.1"  # "node": the address of the router's node in the Ray cluster
     port: Port = 8000
     grpc_port: Port = 50051
     api_key_file: str | None = None
@@ -148,6 +149,8 @@ class Config(_Section):
             raise ValueError("model.quantization: the simulated engine has no weights to quantize")
         if self.cluster.address is not None and self.cluster.launcher != "ray":
             raise ValueError("cluster.address needs cluster.launcher: ray")
+        if self.router.host == "node" and self.cluster.address is None:
+            raise ValueError("router.host: node needs cluster.address; without a Ray cluster, name an address")
         return self
 
 

@@ -65,6 +65,8 @@ class UnitFacts:
     reports: Mapping[str, Mapping[str, Any]] | None = None
     """What its processes said when they were ready, by process name."""
     pids: Mapping[str, int] | None = None
+    node: str | None = None
+    """Its address in the Ray cluster."""
     incarnation: str | None = None
     restarts: int = 0
     had_failure: bool = False
@@ -79,15 +81,15 @@ def banner(
     logs: str,
 ) -> str:
     """The greeting: what runs, where it listens, what it has, how long the start took, what to try."""
-    router = (facts[ROUTER].reports or {}).get(ROUTER, {})
-    http_url, grpc_url = router.get("http_url", ""), router.get("grpc_url", "")
+    routers = [dict((facts[name].reports or {}).get(name, {})) for name in facts if name.startswith(ROUTER)]
+    http_url = routers[0].get("http_url", "")
     rows = [
         ("", f"Baton {__version__} serves {model.name}, ready after {start_up.total_s or 0.0:.1f} s"),
         ("model", model.path or "simulated"),
         ("workers", _shape(workers, config)),
         *((plan.worker_id, _worker(plan, facts[plan.worker_id])) for plan in workers),
-        ("http", f"{http_url}/v1  (OpenAI-compatible; /health, /metrics)"),
-        ("grpc", f"{grpc_url}  (KServe v2)"),
+        *(("http", f"{router.get('http_url', '')}/v1  (OpenAI-compatible; /health, /metrics)") for router in routers),
+        *(("grpc", f"{router.get('grpc_url', '')}  (KServe v2)") for router in routers),
         ("start", _steps(start_up)),
         *(("note", note) for note in _notes(config)),
         ("logs", f"{logs}  (removed at the end unless something fails)"),

@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from loadtest import arguments as bench_arguments
+
 EXIT_FAILED: Final = 1
 EXIT_USAGE: Final = 2
 EXIT_INTERRUPTED: Final = 130
@@ -49,7 +51,8 @@ FLAGS: Final = (
     Flag("--launcher", "cluster.launcher", "start processes by Ray or directly", choices=("ray", "local")),
     Flag("--address", "cluster.address", "join this Ray cluster instead of embedding one", "auto|HOST:PORT"),
     Flag("--encrypt", "cluster.encryption", "TLS for KV over TCP and for routers' talk with workers", const="tls"),
-    Flag("--host", "router.host", "address that clients connect to", "ADDR"),
+    Flag("--routers", "topology.routers", "number of routers; in a Ray cluster on different nodes", "N", type=int),
+    Flag("--host", "router.host", "address that clients connect to; node: that of the router's node", "ADDR"),
     Flag("--port", "router.port", "HTTP port; 0 takes a free one", "N", type=int),
     Flag("--grpc-port", "router.grpc_port", "gRPC port; 0 takes a free one", "N", type=int),
     Flag("--api-key-file", "router.api_key_file", "file of API keys that clients must present", "F"),
@@ -118,6 +121,9 @@ def parser() -> argparse.ArgumentParser:
     trace.add_argument("request_id", nargs="?", metavar="ID", help="none: the latest")
     trace.add_argument("--json", action="store_true", help="for programs")
 
+    bench = commands.add_parser("bench", help="send a load and measure it", description=_BENCH_TEXT)
+    bench_arguments.add_to(bench)
+
     down = commands.add_parser("down", help="end a server of yours")
     down.add_argument("--all", action="store_true", help="end all of them")
 
@@ -132,6 +138,9 @@ _SERVE_TEXT: Final = (
     "Serve MODEL over HTTP (OpenAI-compatible) and gRPC. Prefill and decode run in different workers; with --mixed N "
     "they do not. Defaults and all other settings: baton/config.py, --config, --set."
 )
+
+
+_BENCH_TEXT: Final = "Send a load to a server and measure what clients see. Without a mode: run."
 
 
 def _serve(arguments: argparse.Namespace, began: float) -> int:
@@ -159,6 +168,12 @@ def _trace(arguments: argparse.Namespace) -> int:
     return trace.run(arguments)
 
 
+def _bench(arguments: argparse.Namespace) -> int:
+    from cluster import bench
+
+    return bench.run(arguments)
+
+
 def _down(arguments: argparse.Namespace) -> int:
     from cluster import down
 
@@ -171,13 +186,21 @@ def _version(arguments: argparse.Namespace) -> int:
     return version.run()
 
 
-_COMMANDS: Final = {"chat": _chat, "status": _status, "trace": _trace, "down": _down, "version": _version}
+_COMMANDS: Final = {
+    "chat": _chat,
+    "status": _status,
+    "trace": _trace,
+    "bench": _bench,
+    "down": _down,
+    "version": _version,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Do what the command line says; the exit status (2: it can not be understood, 1: it failed)."""
     began = time.monotonic()
-    arguments = parser().parse_args(["version"] if argv == ["--version"] else argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    arguments = parser().parse_args(["version"] if words == ["--version"] else bench_arguments.with_mode(words))
     from cluster.client import ClientError
     from cluster.run_dir import RunDirError
 

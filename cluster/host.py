@@ -39,6 +39,14 @@ class ProcessOrder:
 
 
 @dataclass(frozen=True, slots=True)
+class Hosted:
+    """A place has a node; its processes start now."""
+
+    node_id: str
+    address: str
+
+
+@dataclass(frozen=True, slots=True)
 class Started:
     """The child runs. Always the first event of a process."""
 
@@ -83,7 +91,7 @@ class Ended:
         return f"{how} ({self.last_words})" if self.last_words else how
 
 
-ProcessEvent = Started | Report | LogLine | Ended
+ProcessEvent = Hosted | Started | Report | LogLine | Ended
 
 
 class HostedProcess(asyncio.SubprocessProtocol):

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from cluster.host import HostedProcess, LogLine, Report
+from cluster.run_dir import RunDir
+from cluster.site import Site
 from cluster.unit import StartFailed, UnitOrder, UnitState
+
+_ADDRESS: Final = "127.0.0.1"
 
 
 class LocalUnit:
     """Implements `Unit`."""
 
-    def __init__(self, state: UnitState) -> None:
+    def __init__(self, state: UnitState, site: Site) -> None:
         self._state = state
+        self._site = site
         self._processes: dict[str, HostedProcess] = {}
 
     @property
@@ -23,19 +27,16 @@ class LocalUnit:
         """What its processes said so far."""
         return self._state
 
-    async def start(self, log_dir: Path) -> None:
+    async def start(self) -> None:
         """Start every process.
 
         Raises:
             OSError: one can not be started; call `stop`.
         """
-        self._make_private_dir()
-        for order in self._state.order.processes:
-            self._processes[order.name] = await HostedProcess.start(order, log_dir, self._state.on_event)
-
-    def _make_private_dir(self) -> None:
         if self._state.order.private_dir is not None:
-            Path(self._state.order.private_dir).mkdir(mode=0o700, parents=True)
+            self._site.make_private_dir(self._state.order.private_dir)
+        for order in map(self._site.localize, self._state.order.processes):
+            self._processes[order.name] = await HostedProcess.start(order, self._site.run.logs, self._state.on_event)
 
     def tell(self, process: str, message: dict[str, Any]) -> None:
         """Send a message to one process."""
@@ -46,13 +47,20 @@ class LocalUnit:
         async with asyncio.TaskGroup() as group:
             for process in self._processes.values():
                 group.create_task(process.stop(grace_s))
+        if self._state.order.private_dir is not None:
+            self._site.remove_private_dir(self._state.order.private_dir)
 
 
 class LocalLauncher:
     """Implements `Launcher`."""
 
-    def __init__(self, log_dir: Path) -> None:
-        self._log_dir = log_dir
+    def __init__(self, run: RunDir) -> None:
+        self._site = Site(_ADDRESS, run, model_path=None)
+
+    @property
+    def address(self) -> str:
+        """Loopback."""
+        return _ADDRESS
 
     async def open(self) -> None:
         """Nothing to do."""
@@ -61,9 +69,9 @@ class LocalLauncher:
         self, order: UnitOrder, on_report: Callable[[Report], None], on_log: Callable[[str, LogLine], None]
     ) -> LocalUnit:
         """Start a unit here."""
-        unit = LocalUnit(UnitState(order, on_report, on_log))
+        unit = LocalUnit(UnitState(order, on_report, on_log), self._site)
         try:
-            await unit.start(self._log_dir)
+            await unit.start()
         except BaseException as error:
             await unit.stop(0.0)
             if isinstance(error, OSError):

@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import asyncio
 import queue
+import sys
 import threading
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from cluster.host import Ended, HostedProcess, ProcessEvent, ProcessOrder
+from cluster import run_dir, site
+from cluster.host import Ended, Hosted, HostedProcess, ProcessEvent, ProcessOrder
+from cluster.site import Home, Site
+
+_LOOPBACK: Final = "127.0.0.1"
 
 
 class RankHost:
@@ -27,36 +31,58 @@ class RankHost:
         self._loop = asyncio.new_event_loop()
         self._events: queue.SimpleQueue[ProcessEvent] = queue.SimpleQueue()
         self._processes: dict[str, HostedProcess] = {}
+        self._site: Site | None = None
+        self._private_dir: str | None = None
+        self._is_stopping = False
         threading.Thread(target=self._loop.run_forever, name="rank-host", daemon=True).start()
 
     def run(
-        self, orders: Sequence[ProcessOrder], private_dir: str | None, log_dir: str, is_reachable: bool
+        self, orders: Sequence[ProcessOrder], private_dir: str | None, home: Home, address: str | None
     ) -> Iterator[ProcessEvent]:
         """Start all processes and yield their events; ends when the last of them has ended.
 
-        `is_reachable` puts the node's own address into their specifications, for other nodes to reach.
+        They listen on `address`; None: on this node's own, for other nodes to reach.
 
         Raises:
+            SiteError: this node can not take part.
             OSError: one can not be started; the others are killed.
         """
+        node_id, node_address = _node()
+        self._site = site.join(home, address or node_address)
+        self._private_dir = private_dir
+        yield Hosted(node_id, node_address)
         if private_dir is not None:
-            Path(private_dir).mkdir(mode=0o700, parents=True, exist_ok=True)
-        if is_reachable:
-            orders = [replace(order, spec={**order.spec, "host": _node_address()}) for order in orders]
-        self._call(_start(orders, Path(log_dir), self._processes, self._events.put))
-        num_running = len(orders)
-        while num_running:
-            event = self._events.get()
-            num_running -= isinstance(event, Ended)
-            yield event
+            self._site.make_private_dir(private_dir)
+        orders = [self._site.localize(order) for order in orders]
+        try:
+            self._call(_start(orders, self._site.run.logs, self._processes, self._events.put))
+            num_running = len(orders)
+            while num_running:
+                event = self._events.get()
+                if isinstance(event, Ended):
+                    num_running -= 1
+                    if not self._is_stopping:
+                        self._site.run.mark_failed()
+                yield event
+        finally:
+            self._leave()
 
     def tell(self, process: str, message: dict[str, Any]) -> None:
         """Send a message to one process."""
         self._loop.call_soon_threadsafe(self._processes[process].tell, message)
 
     def stop(self, grace_s: float) -> None:
-        """End all processes; returns when none is left."""
+        """End all processes and remove what they had on this node; returns when nothing is left."""
+        self._is_stopping = True
         self._call(_stop(list(self._processes.values()), grace_s))
+        self._leave()
+
+    def _leave(self) -> None:
+        """Idempotent."""
+        if self._site is not None:
+            if self._private_dir is not None:
+                self._site.remove_private_dir(self._private_dir)
+            run_dir.leave(self._site.run)
 
     def _call(self, coroutine: Coroutine[Any, Any, None]) -> None:
         asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
@@ -82,7 +108,9 @@ async def _stop(processes: Sequence[HostedProcess], grace_s: float) -> None:
             group.create_task(process.stop(grace_s))
 
 
-def _node_address() -> str:
-    import ray
-
-    return str(ray.util.get_node_ip_address())
+def _node() -> tuple[str, str]:
+    """This node's id and address, as Ray has them, if this is an actor."""
+    ray = sys.modules.get("ray")
+    if ray is None or not ray.is_initialized():
+        return "", _LOOPBACK
+    return str(ray.get_runtime_context().get_node_id()), str(ray.util.get_node_ip_address())

@@ -26,6 +26,9 @@ RUN_ID_ENV: Final = "BATON_RUN_ID"
 """Set in every process of a run, so that its processes can be told from all others."""
 _STATE: Final = "server.json"
 _LOGS: Final = "logs"
+_JOINED: Final = "joined"
+"""A mark of run directories on nodes that have no guardian; who holds a lock on one keeps it."""
+_FAILED: Final = "failed"
 _KEPT_LOGS: Final = 5
 _MAX_BASE_CHARS: Final = 32
 """Ray's socket names add 74 characters to a run directory's 9, and 107 are possible."""
@@ -56,9 +59,10 @@ class RunDir:
         """The embedded Ray's session."""
         return self.path / "ray"
 
-    def worker_dir(self, worker_id: str, incarnation: str) -> Path:
-        """For the Unix sockets of one start of one worker. Not made here: it belongs on the worker's node."""
-        return self.path / "w" / f"{worker_id}-{incarnation[:6]}"
+    def mark_failed(self) -> None:
+        """Keep the logs of this directory when it goes."""
+        with contextlib.suppress(OSError):
+            (self.path / _FAILED).touch()
 
     def write_state(self, **fields: Any) -> None:
         """Set these fields of `server.json`, atomically. One process at a time may do so."""
@@ -154,6 +158,69 @@ def create() -> RunDir:
     return run
 
 
+def worker_dir(worker_id: str, incarnation: str) -> str:
+    """For the Unix sockets of one start of one worker; relative to the run directory on the worker's node."""
+    return f"w/{worker_id}-{incarnation[:6]}"
+
+
+def join(run_id: str) -> RunDir:
+    """The run directory of a server on this node, made if absent; it stays as long as this process holds it.
+
+    Raises:
+        RunDirError: there is no place for it.
+    """
+    _remove_abandoned()
+    run = RunDir(base_dir() / run_id)
+    while True:
+        run.path.mkdir(mode=0o700, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # who left it last was about to remove it
+            descriptor = os.open(run.path, os.O_RDONLY | os.O_DIRECTORY)
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+            if os.fstat(descriptor).st_ino == run.path.stat().st_ino:
+                break
+            os.close(descriptor)
+    _held[run.path] = descriptor
+    run.logs.mkdir(mode=0o700, exist_ok=True)
+    if not (run.path / _STATE).exists():
+        (run.path / _JOINED).touch()
+    return run
+
+
+def leave(run: RunDir) -> None:
+    """Let go of a joined run directory; whoever lets go last removes it. Idempotent."""
+    descriptor = _held.pop(run.path, None)
+    if descriptor is None:
+        return
+    if (run.path / _JOINED).exists():
+        _remove_if_unused(run, descriptor)
+    os.close(descriptor)
+
+
+_held: Final[dict[Path, int]] = {}
+"""Joined directories and the descriptors whose locks keep them."""
+
+
+def _remove_if_unused(run: RunDir, descriptor: int) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return
+    if (run.path / _FAILED).exists():
+        run.keep_logs()
+    run.remove()
+
+
+def _remove_abandoned() -> None:
+    """Directories that servers of other nodes left here when their processes were killed."""
+    for mark in base_dir().glob(f"*/{_JOINED}"):
+        with contextlib.suppress(FileNotFoundError):
+            descriptor = os.open(mark.parent, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                _remove_if_unused(RunDir(mark.parent), descriptor)
+            finally:
+                os.close(descriptor)
+
+
 def servers() -> list[Server]:
     """This user's servers that are alive or left something behind, oldest first."""
     found = []
@@ -168,6 +235,7 @@ def servers() -> list[Server]:
 
 def remove_dead() -> list[str]:
     """End the leftovers of servers whose guardian and supervisor were both killed; their run ids."""
+    _remove_abandoned()
     dead = [server for server in servers() if not server.is_alive]
     for server in dead:
         process_tree.kill(process_tree.marked_with(RUN_ID_ENV, server.run_dir.run_id))

@@ -18,12 +18,13 @@ from typing import Any, Final
 
 from baton import auth
 from baton.config import Config, ConfigError, load_config
-from cluster import guardian, process_tree, topology
+from cluster import guardian, process_tree, topology, version
 from cluster.banner import StartUp
 from cluster.console import Console, choose_style
 from cluster.launcher_local import LocalLauncher
-from cluster.launcher_ray import RayLauncher
+from cluster.launcher_ray import Cluster, RayLauncher
 from cluster.run_dir import RunDir
+from cluster.site import OWN_ADDRESS, Home
 from cluster.supervisor import Supervisor
 from cluster.topology import Modules, Orders
 from cluster.unit import Launcher, StartFailed
@@ -51,6 +52,8 @@ def check_ports(config: Config) -> None:
         StartFailed: names the port and the flag that chooses another.
     """
     router = config.router
+    if router.host == OWN_ADDRESS:
+        return  # it is known later
     for flag, port in (("--port", router.port), ("--grpc-port", router.grpc_port)):
         family = socket.AF_INET6 if ":" in router.host else socket.AF_INET
         with socket.socket(family, socket.SOCK_STREAM) as probe:
@@ -76,16 +79,27 @@ def _build(request: Request, console: Console) -> Supervisor:
     secret = _take_secret(config)
     model = topology.resolve_model(config, lambda hub_id: console.say(f"downloading {hub_id}"))
     topology.check_fit(config, model)
-    workers = topology.plan_workers(config, sorted(os.sched_getaffinity(0)))
-    local = LocalLauncher(request.run.logs)
+    is_one_machine = config.cluster.address is None
+    workers = topology.plan_workers(config, sorted(os.sched_getaffinity(0)) if is_one_machine else ())
+    local = LocalLauncher(request.run)
     launcher: Launcher = local
     if config.cluster.launcher == "ray":
         num_cpus = sum(plan.tp_size for plan in workers) * config.engine.threads_per_rank
-        launcher = RayLauncher(request.run, config.cluster.address, num_cpus)
+        home = Home(request.run.run_id, version.code_digest(), model.source)
+        launcher = RayLauncher(request.run, home, _cluster(config, console), num_cpus)
     start_up.add("configuration", 0.0)
     request.run.write_state(token=auth.worker_token(secret), model=model.name)
     orders = Orders(config, model, secret, _modules())
     return Supervisor(config, model, workers, orders, launcher, local, console, request.run, start_up)
+
+
+def _cluster(config: Config, console: Console) -> Cluster | None:
+    """The Ray cluster to join, if any."""
+    address = config.cluster.address
+    if address is None:
+        return None
+    # Half of the time for a place to run, so that who has none can say why before the time is over.
+    return Cluster(address, config.cluster.startup_timeout_s / 2, lambda text: console.say(text, "warning"))
 
 
 def _check_api_keys(config: Config) -> None:

@@ -32,7 +32,9 @@ def describe(status: Mapping[str, Any], url: str) -> str:
     if "uptime_s" in router:
         head += f", up {_duration(router['uptime_s'])}, {router.get('requests_in_flight', 0)} requests in flight"
     workers = {worker["worker_id"]: worker for worker in status.get("workers", ())}
-    units = {name: unit for name, unit in status.get("server", {}).get("units", {}).items() if name != "router"}
+    units = {
+        name: unit for name, unit in status.get("server", {}).get("units", {}).items() if not name.startswith("router")
+    }
     rows = [_row(name, workers.get(name), units.get(name, {})) for name in sorted({*workers, *units})]
     return "\n".join([head, "", *_table([_COLUMNS, *rows])])
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
-import shutil
 import signal
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -21,6 +20,7 @@ from cluster.console import Console
 from cluster.host import LogLine, Report
 from cluster.restart import RestartPolicy
 from cluster.run_dir import RunDir
+from cluster.site import OWN_ADDRESS
 from cluster.topology import ROUTER, ModelChoice, Orders, WorkerPlan
 from cluster.unit import Launcher, StartFailed, Unit
 
@@ -46,7 +46,10 @@ class Supervisor:
         run: RunDir,
         start_up: StartUp,
     ) -> None:
-        """`local` starts the router, which belongs on this machine; `launcher` starts the workers."""
+        """`local` starts what belongs on this machine, the first router; `launcher` starts the workers.
+
+        Further routers are on this machine as well, unless there are others (`cluster.address`).
+        """
         self._config = config
         self._model = model
         self._workers = {plan.worker_id: plan for plan in workers}
@@ -60,11 +63,13 @@ class Supervisor:
         self._stop = asyncio.Event()
         self._is_open = asyncio.Event()
         self._has_lost_unit = asyncio.Event()
-        self._ready = {name: asyncio.Event() for name in (ROUTER, *self._workers)}
-        self._is_serving = asyncio.Event()
-        self._why_not_serving = ""
-        self._router: Unit | None = None
-        self._ports = (config.router.port, config.router.grpc_port)
+        self._routers = {topology.router_name(index): index for index in range(config.topology.routers)}
+        self._ready = {name: asyncio.Event() for name in (*self._routers, *self._workers)}
+        self._is_serving = {name: asyncio.Event() for name in self._routers}
+        self._why_not_serving: dict[str, str] = {}
+        self._units: dict[str, Unit] = {}
+        """Those that run; workers once they are ready."""
+        self._ports = {name: self._wanted_ports(index) for name, index in self._routers.items()}
         self._fleet: dict[str, str] = {}
         self._facts = {name: UnitFacts() for name in self._ready}
 
@@ -78,11 +83,11 @@ class Supervisor:
         try:
             async with asyncio.TaskGroup() as group:
                 opening = group.create_task(self._open_launcher())
-                router = group.create_task(self._keep(ROUTER, self._start_router))
+                routers = [group.create_task(self._keep(name, self._start_router)) for name in self._routers]
                 workers = [group.create_task(self._keep(name, self._start_worker)) for name in self._workers]
                 helpers = [group.create_task(self._announce()), group.create_task(self._reap_orphans())]
                 await self._stop.wait()
-                for tasks in (helpers, [router], [*workers, opening]):
+                for tasks in (helpers, routers, [*workers, opening]):
                     await _cancel(tasks)
         except* StartFailed as failures:
             if not self._stop.is_set():
@@ -114,10 +119,12 @@ class Supervisor:
             async with asyncio.timeout(limit_s):
                 for event in self._ready.values():
                     await event.wait()
-                await self._is_serving.wait()
+                for event in self._is_serving.values():
+                    await event.wait()
         except TimeoutError:
             missing = ", ".join(name for name, event in self._ready.items() if not event.is_set())
-            why = f"{missing} not ready" if missing else f"the router does not serve: {self._why_not_serving}"
+            reasons = "; ".join(f"{name} does not serve: {why}" for name, why in self._why_not_serving.items())
+            why = f"{missing} not ready" if missing else reasons
             raise StartFailed(f"not ready after {limit_s:g} s (cluster.startup_timeout_s): {why}") from None
         self._start_up.finish()
         workers, logs = list(self._workers.values()), str(self._run.logs)
@@ -126,7 +133,8 @@ class Supervisor:
             model=self._model.name,
             ready_s=self._start_up.total_s,
             steps={step.name: [step.begin_s, step.end_s] for step in self._start_up.steps},
-            router=(self._facts[ROUTER].reports or {}).get(ROUTER),
+            router=self._router_reports().get(ROUTER),
+            routers=self._router_reports(),
             logs=logs,
         )
         self._write_state()
@@ -143,7 +151,7 @@ class Supervisor:
 
     def _grace_s(self, name: str) -> float:
         """How long a healthy unit may take to end."""
-        return self._config.cluster.stop_grace_s + (self._config.router.drain_s if name == ROUTER else 0.0)
+        return self._config.cluster.stop_grace_s + (self._config.router.drain_s if name in self._routers else 0.0)
 
     async def _keep(self, name: str, start: Callable[[str], Awaitable[Unit]]) -> None:
         """Start a unit, and again whenever it ends."""
@@ -184,8 +192,6 @@ class Supervisor:
                 self._on_down(name)
                 is_broken = unit.state.ended.done()
                 await unit.stop(_BROKEN_GRACE_S if is_broken else self._grace_s(name))
-                if unit.state.order.private_dir is not None:
-                    shutil.rmtree(unit.state.order.private_dir, ignore_errors=True)
         except (StartFailed, TimeoutError) as error:
             failure = error if isinstance(error, StartFailed) else StartFailed(f"{name} was not ready in {limit_s:g} s")
         if not self._start_up.is_finished:
@@ -209,14 +215,21 @@ class Supervisor:
                 for plan in self._workers.values()
             ],
         }
-        order = self._orders.router(self._ports, status)
-        self._router = await self._local.start_unit(order, self._on_router_report, self._on_log)
-        self._tell_fleet()
-        return self._router
+        launcher, host = self._local, self._config.router.host
+        if self._config.cluster.address is not None and (name != ROUTER or host == OWN_ADDRESS):
+            await self._is_open.wait()
+            if name != ROUTER:
+                launcher = self._launcher
+            elif host == OWN_ADDRESS:
+                host = self._launcher.address
+        order = self._orders.router(self._routers[name], host, self._ports[name], status)
+        self._units[name] = await launcher.start_unit(order, lambda report: self._on_router(name, report), self._on_log)
+        self._tell_fleet(name)
+        return self._units[name]
 
     async def _start_worker(self, name: str) -> Unit:
         await self._is_open.wait()
-        start = topology.worker_start(self._run, name, secrets.token_hex(8))
+        start = topology.worker_start(name, secrets.token_hex(8))
         order = self._orders.worker(self._workers[name], start)
         return await self._launcher.start_unit(order, lambda report: None, self._on_log)
 
@@ -224,10 +237,12 @@ class Supervisor:
         is_restart = self._ready[name].is_set()
         facts = self._facts[name]
         facts.state, facts.reports, facts.pids = "ready", reports, dict(unit.state.pids)
+        facts.node = None if unit.state.node is None else unit.state.node.address
         self._ready[name].set()
-        if name == ROUTER:
-            self._ports = _ports_of(reports[ROUTER], self._ports)
+        if name in self._routers:
+            self._ports[name] = _ports_of(reports[name], self._ports[name])
         else:
+            self._units[name] = unit
             facts.incarnation = unit.state.order.processes[0].spec["incarnation"]
             self._fleet[name] = str(reports[topology.FRONT]["address"])
             self._tell_fleet()
@@ -237,40 +252,56 @@ class Supervisor:
 
     def _on_down(self, name: str) -> None:
         self._facts[name].state = "down"
-        if name == ROUTER:
-            self._router = None
-            self._is_serving.clear()
+        self._units.pop(name, None)
+        if name in self._routers:
+            self._is_serving[name].clear()
         elif self._fleet.pop(name, None) is not None:
             self._tell_fleet()
         self._write_state()
 
-    def _tell_fleet(self) -> None:
-        if self._router is not None:
-            workers = [{"worker_id": name, "address": address} for name, address in sorted(self._fleet.items())]
-            self._router.tell(ROUTER, {"event": "fleet", "workers": workers})
+    def _tell_fleet(self, *names: str) -> None:
+        """Tell these routers (all of them) who serves."""
+        workers = [{"worker_id": name, "address": address} for name, address in sorted(self._fleet.items())]
+        for name in names or self._routers:
+            if (router := self._units.get(name)) is not None:
+                router.tell(name, {"event": "fleet", "workers": workers})
 
-    def _on_router_report(self, report: Report) -> None:
+    def _on_router(self, name: str, report: Report) -> None:
         if report.event == "serving":
-            self._is_serving.set()
+            self._is_serving[name].set()
+            self._why_not_serving.pop(name, None)
         elif report.event == "not_serving":
-            self._is_serving.clear()
-            self._why_not_serving = str(report.fields.get("reason", ""))
+            self._is_serving[name].clear()
+            self._why_not_serving[name] = str(report.fields.get("reason", ""))
+
+    def _router_reports(self) -> dict[str, dict[str, Any]]:
+        """What each router said when it was ready, the first one first."""
+        return {name: dict((self._facts[name].reports or {}).get(name, {})) for name in self._routers}
+
+    def _wanted_ports(self, index: int) -> tuple[int, int]:
+        """HTTP and gRPC: as configured on another machine, the next ones on the same."""
+        router = self._config.router
+        step = index if self._config.cluster.address is None else 0
+        return router.port + step if router.port else 0, router.grpc_port + step if router.grpc_port else 0
 
     def _on_log(self, unit: str, line: LogLine) -> None:
         self._console.child_line(unit if unit == line.process else f"{unit} {line.process}", line.text)
 
     def _write_state(self) -> None:
         """For other commands. A full disk, say, must not end the server."""
-        router = (self._facts[ROUTER].reports or {}).get(ROUTER, {})
+        routers = self._router_reports()
+        router = routers[ROUTER]
         fields = {
             "http_url": router.get("http_url"),
             "grpc_url": router.get("grpc_url"),
+            "routers": {name: [report.get("http_url"), report.get("grpc_url")] for name, report in routers.items()},
             "ready": self._start_up.is_finished,
             "had_failure": any(facts.had_failure for facts in self._facts.values()),
             "units": {
                 name: {
                     "state": facts.state,
                     "pids": facts.pids,
+                    "node": facts.node,
                     "incarnation": facts.incarnation,
                     "restarts": facts.restarts,
                 }

@@ -11,12 +11,14 @@ from typing import Any, Final
 from baton import specs
 from baton.config import DEMO_MODEL_DIR, DEMO_MODEL_NAME, Config, ConfigError
 from cluster.host import ProcessOrder
-from cluster.run_dir import RunDir
+from cluster.nodes import ROUTER_ROLE
+from cluster.run_dir import worker_dir
 from cluster.unit import Place, UnitOrder
 from engine.model_config import check_split, read_model_config
 
 _HUB_ID: Final = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES: Final = ("*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model")
+_DEMO: Final = "demo"
 SIM_MODEL_NAME: Final = "baton-sim"
 ROUTER: Final = "router"
 FRONT: Final = "front"
@@ -41,6 +43,8 @@ class ModelChoice:
 
     path: str
     name: str
+    source: str | None = None
+    """What `find_model` makes `path` of, on any node; None: nothing is to be found."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +63,8 @@ class Start:
     """One start of one worker: what differs between incarnations."""
 
     incarnation: str
-    worker_dir: Path
+    worker_dir: str
+    """Relative to the run directory of the worker's node."""
 
 
 def plan_workers(config: Config, available_cores: Sequence[int]) -> tuple[WorkerPlan, ...]:
@@ -98,14 +103,34 @@ def resolve_model(config: Config, on_download: Callable[[str], None] = lambda hu
     if config.engine.kind == "sim":
         return ModelChoice("", name or wanted or SIM_MODEL_NAME)
     if wanted is None:
-        return ModelChoice(_model_dir(DEMO_MODEL_DIR), name or DEMO_MODEL_NAME)
+        return ModelChoice(find_model(_DEMO), name or DEMO_MODEL_NAME, _DEMO)
     path = Path(wanted).expanduser()
     if path.exists():
-        return ModelChoice(_model_dir(path), name or path.resolve().name)
-    if _HUB_ID.fullmatch(wanted) and not wanted.startswith("."):
+        source = str(path.resolve())
+        return ModelChoice(find_model(source), name or path.resolve().name, source)
+    if _is_hub_id(wanted):
         on_download(wanted)
-        return ModelChoice(_download(wanted), name or wanted)
+        return ModelChoice(find_model(wanted), name or wanted, wanted)
     raise ConfigError(f"model.path: {wanted}: no such directory")
+
+
+def find_model(source: str) -> str:
+    """The directory on this node: of the demo model, at a path, or of a hub id, which may be downloaded.
+
+    Raises:
+        ConfigError: it is not there or can not be had; names the path.
+    """
+    if source == _DEMO:
+        return _model_dir(DEMO_MODEL_DIR)
+    if Path(source).exists():
+        return _model_dir(Path(source))
+    if _is_hub_id(source):
+        return _download(source)
+    raise ConfigError(f"model.path: {source}: no such directory")
+
+
+def _is_hub_id(text: str) -> bool:
+    return _HUB_ID.fullmatch(text) is not None and not text.startswith(".")
 
 
 def check_fit(config: Config, model: ModelChoice) -> None:
@@ -175,18 +200,20 @@ class Orders:
         """One incarnation of a worker: one place per rank, the front beside rank 0."""
         ranks = [self._rank(plan, tp_rank, start) for tp_rank in range(plan.tp_size)]
         cpus = float(self._config.engine.threads_per_rank)
-        places = [Place((ranks[0], self._front(plan, start)), cpus), *(Place((rank,), cpus) for rank in ranks[1:])]
-        return UnitOrder(plan.worker_id, tuple(places), "ready", str(start.worker_dir))
+        gpus = 1.0 if self._config.engine.device == "cuda" else 0.0
+        processes = [(ranks[0], self._front(plan, start)), *((rank,) for rank in ranks[1:])]
+        places = tuple(Place(place, cpus, gpus) for place in processes)
+        return UnitOrder(plan.worker_id, plan.role, places, "ready", start.worker_dir)
 
-    def router(self, ports: tuple[int, int], status: dict[str, Any]) -> UnitOrder:
-        """The router on these (HTTP, gRPC) ports; `status` is what it tells about the server."""
+    def router(self, index: int, host: str, ports: tuple[int, int], status: dict[str, Any]) -> UnitOrder:
+        """A router on these (HTTP, gRPC) ports of `host`; `status` is what it tells about the server."""
         router = self._config.router
         spec = specs.RouterSpec(
-            router_id=f"{ROUTER}-0",
+            router_id=f"{ROUTER}-{index}",
             secret=self._secret,
             model_dir=self._model.path,
             served_model_name=self._model.name,
-            host=router.host,
+            host=host,
             port=ports[0],
             grpc_port=ports[1],
             encrypt=self._config.is_encrypted,
@@ -201,8 +228,9 @@ class Orders:
             status=status,
             log_level=self._config.log_level,
         )
-        process = ProcessOrder(ROUTER, (self._modules.router,), specs.to_json(spec), "router.log")
-        return UnitOrder(ROUTER, (Place((process,)),), "listening")
+        name = router_name(index)
+        process = ProcessOrder(ROUTER, (self._modules.router,), specs.to_json(spec), f"{name}.log")
+        return UnitOrder(name, ROUTER_ROLE, (Place((process,), cpus=0.0),), "listening")
 
     def _front(self, plan: WorkerPlan, start: Start) -> ProcessOrder:
         spec = specs.FrontSpec(
@@ -210,7 +238,7 @@ class Orders:
             incarnation=start.incarnation,
             role=plan.role,
             tp_size=plan.tp_size,
-            worker_dir=str(start.worker_dir),
+            worker_dir=start.worker_dir,
             secret=self._secret,
             encrypt=self._config.is_encrypted,
             log_level=self._config.log_level,
@@ -226,7 +254,7 @@ class Orders:
             role=plan.role,
             tp_rank=tp_rank,
             tp_size=plan.tp_size,
-            worker_dir=str(start.worker_dir),
+            worker_dir=start.worker_dir,
             secret=self._secret,
             model=specs.ModelSpec(
                 kind=engine.kind,
@@ -255,6 +283,11 @@ class Orders:
         return ProcessOrder(f"rank {tp_rank}", command, specs.to_json(spec), log_file, engine.threads_per_rank)
 
 
-def worker_start(run: RunDir, worker_id: str, incarnation: str) -> Start:
+def worker_start(worker_id: str, incarnation: str) -> Start:
     """The incarnation's own directory."""
-    return Start(incarnation, run.worker_dir(worker_id, incarnation))
+    return Start(incarnation, worker_dir(worker_id, incarnation))
+
+
+def router_name(index: int) -> str:
+    """ "router", "router-1", ..: the first one is on the supervisor's node."""
+    return ROUTER if index == 0 else f"{ROUTER}-{index}"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from cluster.host import Ended, LogLine, ProcessEvent, ProcessOrder, Report, Started
+from cluster.host import Ended, Hosted, LogLine, ProcessEvent, ProcessOrder, Report, Started
 
 
 class StartFailed(Exception):
@@ -16,22 +16,24 @@ class StartFailed(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Processes that share an actor, and the CPUs that they ask of the cluster."""
+    """Processes that share an actor, and what they ask of the cluster."""
 
     processes: tuple[ProcessOrder, ...]
     cpus: float = 1.0
+    gpus: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class UnitOrder:
-    """A unit to start."""
+    """A unit to start. All its places are on one node."""
 
     name: str
+    role: str
     places: tuple[Place, ...]
     ready_event: str
     """The report that each of its processes makes when it is ready."""
     private_dir: str | None = None
-    """To be made (0700) on the unit's node before any process starts."""
+    """To be made in the run directory of the unit's node before any process starts; relative to it."""
 
     @property
     def processes(self) -> tuple[ProcessOrder, ...]:
@@ -54,6 +56,8 @@ class UnitState:
     ended: asyncio.Future[str] = field(init=False)
     pids: dict[str, int] = field(init=False, default_factory=dict)
     """By process name; on the unit's node."""
+    node: Hosted | None = field(init=False, default=None)
+    """Where its first place is, once that is known."""
     _reports: dict[str, Report] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -65,6 +69,8 @@ class UnitState:
     def on_event(self, event: ProcessEvent) -> None:
         """Take an event of one of the processes."""
         match event:
+            case Hosted():
+                self.node = self.node or event
             case Report():
                 self._take_report(event)
             case LogLine():
@@ -119,6 +125,11 @@ class Launcher(Protocol):
         Raises:
             StartFailed: there is nowhere to start them.
         """
+        ...
+
+    @property
+    def address(self) -> str:
+        """Of this node, for the other nodes; only while open."""
         ...
 
     async def start_unit(

@@ -65,6 +65,8 @@ def picture(trace: Mapping[str, Any], width: int = 100) -> str:
             + (f"; hand-over {_ms(trace['handover_ms'])} ms" if trace.get("handover_ms") is not None else "")
         )
     lines.append(f"{'  total':<{_LABEL_CHARS}}{_ms(trace.get('total_ms')):>8}")
+    if trace.get("clock_error_ms"):
+        lines.append(f"  the workers' clocks are mapped to the router's within {_ms(trace['clock_error_ms'])} ms")
     return "\n".join(lines)
 
 
@@ -82,7 +84,7 @@ def _bars(trace: Mapping[str, Any], moments: Mapping[str, Mapping[str, float]]) 
     add("queue", first_worker, start.get("received"), start.get("prefill_begin"))
     add("prefill", first_worker, start.get("prefill_begin"), start.get("prefill_end"))
     if trace.get("transfer_ms") is not None:
-        begin, runnable = start.get("kv_begin", decode.get("kv_begin")), decode.get("runnable")
+        begin, runnable = decode.get("kv_begin"), decode.get("runnable")
         note = f"{_exposed(trace)} exposed"
         add("transfer", f"to {decode_worker}", begin, runnable, exposed_from_ms=start.get("prefill_end"), note=note)
     add("deliver", "router", start.get("prefill_end"), router.get("first_token"))

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from cluster import process_tree
+from cluster import process_tree, version
 from cluster.host import Ended, HostedProcess, ProcessEvent, ProcessOrder, Report, Started
 from cluster.process_log import ProcessLog
 from cluster.rank_host import RankHost
+from cluster.site import Home
 from tests.support.stub_server import ROOT
 
 _STUB = ("tests.support.stub_process", "rank")
@@ -161,7 +162,13 @@ def test_a_child_starts_in_any_directory_and_with_few_threads(tmp_path: Path, mo
     assert converse(tmp_path, order, talk) == [Ended("odd", 0, "")]
 
 
-def test_a_rank_host_relays_events_until_all_its_processes_ended(tmp_path: Path) -> None:
+def test_a_rank_host_relays_events_until_all_its_processes_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = Path(f"/tmp/br-{os.getpid()}")
+    monkeypatch.setenv("BATON_RUNTIME_DIR", str(base))
+    home = Home("01234567", version.code_digest(), None)
+    private = base / home.run_id / "w" / "decode-0-abcdef"
     host = RankHost()
     front = ProcessOrder(
         "front", (_STUB[0], "front"), {"worker_id": "decode-0", "host": "127.0.0.1", "port": 0}, "f.log"
@@ -171,7 +178,7 @@ def test_a_rank_host_relays_events_until_all_its_processes_ended(tmp_path: Path)
     both_ready = threading.Event()
 
     def listen() -> None:
-        for event in host.run([rank, front], str(tmp_path / "private"), str(tmp_path), False):
+        for event in host.run([rank, front], "w/decode-0-abcdef", home, "127.0.0.1"):
             events.append(event)
             if sum(isinstance(seen, Report) for seen in events) == 2:
                 both_ready.set()
@@ -179,11 +186,13 @@ def test_a_rank_host_relays_events_until_all_its_processes_ended(tmp_path: Path)
     listener = threading.Thread(target=listen)
     listener.start()
     assert both_ready.wait(20)
-    assert (tmp_path / "private").stat().st_mode & 0o777 == 0o700
+    assert private.stat().st_mode & 0o777 == 0o700
     host.stop(5.0)
     listener.join(5)
     assert not listener.is_alive()
     assert sorted(event.process for event in events if isinstance(event, Ended)) == ["front", "rank 0"]
+    assert list(base.iterdir()) == []
+    base.rmdir()
 
 
 def test_a_log_file_is_bounded(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -102,6 +103,23 @@ def test_it_joins_a_running_cluster_and_leaves_it_running() -> None:
         assert server.end() == 0
         server.audit.assert_clean(10.0)
         assert [pid for pid in ranks if process_tree.identify(pid) is not None] == []
-    with StubServer("--address", "127.0.0.1:6399", "--tp", "2", launcher="ray") as server:
+    short = ("--set", "cluster.startup_timeout_s=20")
+    with StubServer("--address", "127.0.0.1:6399", "--tp", "2", *short, launcher="ray") as server:
         assert server.process.wait(60) == 1
-        assert "could not join the Ray cluster 127.0.0.1:6399: it has 2 free CPUs and the ranks need 4" in server.stderr
+        complaint = "decode-0 could not be placed: it needs 2 CPUs on one node: 127.0.0.1 has 2 CPUs, 0 free"
+        assert f"baton: {complaint}" in server.stderr.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("address", "reason"),
+    [("127.0.0.1:6398", "Connect call failed"), ("127.0.0.1:6397", "did not let us in"), ("nonsense", "HOST:PORT")],
+)
+def test_an_address_where_no_ray_is_ends_the_start_within_ten_seconds(address: str, reason: str) -> None:
+    with socket.create_server(("127.0.0.1", 6397)):  # somebody listens there, but not a Ray head
+        began = time.monotonic()
+        with StubServer("--address", address, launcher="ray") as server:
+            assert server.process.wait(60) == 1
+            assert time.monotonic() - began < 20  # 10 s on a quiet machine
+            assert f"could not join the Ray cluster {address}: " in server.stderr
+            assert reason in server.stderr
+            server.audit.assert_clean()

@@ -85,4 +85,4 @@ def test_logs_of_the_last_five_failures_are_kept(base: Path) -> None:
 
 def test_a_longest_worker_directory_leaves_room_for_a_socket_name(monkeypatch: pytest.MonkeyPatch) -> None:
     run = run_dir.RunDir(Path("/" + "x" * 31) / "0123abcd")
-    assert len(str(run.worker_dir("prefill-1023", "0123456789abcdef"))) <= 107 - 40
+    assert len(str(run.path / run_dir.worker_dir("prefill-1023", "0123456789abcdef"))) <= 107 - 40

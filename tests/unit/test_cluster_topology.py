@@ -10,7 +10,6 @@ import pytest
 from baton.config import ConfigError, load_config
 from baton.specs import FrontSpec, RankSpec, RouterSpec, from_json
 from cluster import topology
-from cluster.run_dir import RunDir
 from cluster.topology import ModelChoice, Modules, Orders
 
 _MODEL = ModelChoice("/models/tiny", "tiny")
@@ -65,13 +64,13 @@ def test_an_order_has_a_place_per_rank_and_the_front_beside_rank_0(tmp_path: Pat
         }
     )
     worker = topology.plan_workers(config, range(4))[1]
-    start = topology.worker_start(RunDir(tmp_path), "decode-0", "abcdef0123456789")
+    start = topology.worker_start("decode-0", "abcdef0123456789")
     order = Orders(config, _MODEL, _SECRET, Modules()).worker(worker, start)
     assert [[process.name for process in place.processes] for place in order.places] == [
         ["rank 0", "front"],
         ["rank 1"],
     ]
-    assert order.private_dir == str(tmp_path / "w" / "decode-0-abcdef")
+    assert order.private_dir == "w/decode-0-abcdef"
     rank = from_json(RankSpec, order.places[1].processes[0].spec)
     assert (rank.worker_id, rank.role, rank.tp_rank, rank.tp_size) == ("decode-0", "decode", 1, 2)
     assert (rank.block_size, rank.kv_cache_bytes, rank.max_num_seqs, rank.enable_prefix_caching) == (32, 1234, 7, False)
@@ -88,11 +87,11 @@ def test_one_switch_encrypts_every_rank_every_front_and_the_router(tmp_path: Pat
         config = load_config(settings={"cluster.encryption": encryption})
         orders = Orders(config, _MODEL, _SECRET, Modules())
         for plan in topology.plan_workers(config, []):
-            order = orders.worker(plan, topology.worker_start(RunDir(tmp_path), plan.worker_id, "abcdef"))
+            order = orders.worker(plan, topology.worker_start(plan.worker_id, "abcdef"))
             rank, front = order.places[0].processes
             assert from_json(RankSpec, rank.spec).transports == kv
             assert from_json(FrontSpec, front.spec).encrypt == (encryption == "tls")
-        router = orders.router((1, 2), {}).processes[0]
+        router = orders.router(0, "127.0.0.1", (1, 2), {}).processes[0]
         assert from_json(RouterSpec, router.spec).encrypt == (encryption == "tls")
 
 
@@ -104,7 +103,7 @@ def test_each_role_has_its_package(role: str, package: str) -> None:
 def test_the_simulated_engine_is_told_its_cost_model(tmp_path: Path) -> None:
     config = load_config(settings={"engine.kind": "sim", "sim.vocab_size": 99})
     worker = topology.plan_workers(config, [])[0]
-    start = topology.worker_start(RunDir(tmp_path), "prefill-0", "00")
+    start = topology.worker_start("prefill-0", "00")
     order = Orders(config, topology.resolve_model(config), _SECRET, Modules()).worker(worker, start)
     rank = from_json(RankSpec, order.places[0].processes[0].spec)
     assert (rank.model.kind, rank.model.path, rank.model.sim["vocab_size"]) == ("sim", "", 99)
@@ -115,7 +114,7 @@ def test_the_router_is_told_all_that_the_configuration_says(tmp_path: Path) -> N
     config = load_config(
         settings={"router.host": "0.0.0.0", "router.api_key_file": str(keys), "router.max_body_bytes": 5000}
     )
-    order = Orders(config, _MODEL, _SECRET, Modules()).router((1, 2), {"a": 1})
+    order = Orders(config, _MODEL, _SECRET, Modules()).router(0, config.router.host, (1, 2), {"a": 1})
     spec = from_json(RouterSpec, order.processes[0].spec)
     assert (spec.host, spec.port, spec.grpc_port, spec.max_body_bytes) == ("0.0.0.0", 1, 2, 5000)
     assert (spec.api_key_file, spec.model_dir, spec.served_model_name) == (str(keys), "/models/tiny", "tiny")
@@ -127,7 +126,7 @@ def test_a_local_model_is_named_after_its_directory(tmp_path: Path) -> None:
     model.mkdir()
     (model / "config.json").write_text("{}")
     config = load_config(settings={"model.path": str(model)})
-    assert topology.resolve_model(config) == ModelChoice(str(model), "my-model")
+    assert topology.resolve_model(config) == ModelChoice(str(model), "my-model", str(model))
     named = load_config(settings={"model.path": str(model), "model.served_model_name": "m"})
     assert topology.resolve_model(named).name == "m"
 

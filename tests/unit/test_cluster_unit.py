@@ -12,7 +12,7 @@ from cluster.unit import Place, StartFailed, UnitOrder, UnitState
 
 _RANK = ProcessOrder("rank 0", ("m",), {}, "a.log")
 _FRONT = ProcessOrder("front", ("m",), {}, "b.log")
-_ORDER = UnitOrder("decode-0", (Place((_RANK, _FRONT)),), "ready")
+_ORDER = UnitOrder("decode-0", "decode", (Place((_RANK, _FRONT)),), "ready")
 
 
 def feed(check: Callable[[UnitState], Awaitable[None]], *events: ProcessEvent) -> list[str]:

@@ -268,6 +268,7 @@ class Attempt:
                 timeline.kv_bytes,
                 timeline.transport,
                 timeline.num_cached_tokens,
+                link.clock_error_s,
             )
         self._speaking.discard(link)
         self._settle_if_silent()

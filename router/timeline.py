@@ -49,12 +49,15 @@ class Timeline:
     """Of the last attempt: worker id -> moment name -> time."""
     kv_bytes: int = 0
     transport: str = ""
+    clock_error_s: float = 0.0
+    """How far apart moments of different processes may really be: 0 if they share the router's clock."""
 
     def attempt(self, prefill: str, decode: str, now: float) -> None:
         """A new attempt was placed: what earlier ones' workers say no longer counts."""
         self.num_attempts += 1
         self.prefill_worker, self.decode_worker = prefill, decode
         self.moments, self.kv_bytes, self.transport, self.num_reused_tokens = {}, 0, "", 0
+        self.clock_error_s = 0.0
         if self.placed is None:
             self.placed = now
         else:
@@ -72,9 +75,16 @@ class Timeline:
         self.num_tokens += count
 
     def worker_moments(
-        self, worker_id: str, moments: Mapping[str, float], kv_bytes: int, transport: str, num_cached_tokens: int
+        self,
+        worker_id: str,
+        moments: Mapping[str, float],
+        kv_bytes: int,
+        transport: str,
+        num_cached_tokens: int,
+        clock_error_s: float = 0.0,
     ) -> None:
-        """What one worker of the last attempt measured."""
+        """What one worker of the last attempt measured, on the router's clock give or take `clock_error_s`."""
+        self.clock_error_s = max(self.clock_error_s, clock_error_s)
         self.moments.setdefault(worker_id, {}).update(moments)
         self.kv_bytes = max(self.kv_bytes, kv_bytes)
         self.transport = self.transport or transport
@@ -84,8 +94,10 @@ class Timeline:
     def waterfall(self) -> dict[str, Any]:
         """The measured parts, in ms; None where a part did not happen or nobody measured it.
 
-        `exposed` = decode side runnable - first token sampled, at least 0; `hidden` = the rest of the transfer.
-        `handover` = gap between tokens 1 and 2, minus one median decode step.
+        `transfer` = from the first KV byte that the decode side takes until that side is runnable: all ranks hold
+        every byte, verified, and the manifest. `transfer_exposed` = decode side runnable - first token sampled, at
+        least 0; `transfer_hidden` = the rest of it, which the prefill covered.
+        `handover` = gap between tokens 1 and 2, minus one median decode step, at least 0.
         """
         start = self.moments.get(self.prefill_worker or self.decode_worker, {})
         decode = self.moments.get(self.decode_worker, {})
@@ -104,7 +116,7 @@ class Timeline:
             "total": _gap(self.arrived, self.finished),
         }
         if self.prefill_worker and ended is not None and "runnable" in decode:
-            transfer = _gap(start.get("kv_begin", decode.get("kv_begin")), decode.get("kv_end", start.get("kv_end")))
+            transfer = _gap(decode.get("kv_begin"), decode["runnable"])
             exposed = max(0.0, decode["runnable"] - ended)
             parts["transfer"], parts["transfer_exposed"] = transfer, exposed
             parts["transfer_hidden"] = None if transfer is None else max(0.0, transfer - exposed)
@@ -133,6 +145,7 @@ class Timeline:
             "decode_worker": self.decode_worker,
             "transport": self.transport,
             "kv_bytes": self.kv_bytes,
+            "clock_error_ms": round(self.clock_error_s * 1e3, 3),
             **self.waterfall(),
         }
 

@@ -101,6 +101,7 @@ class WorkerLink:
         self._channel: grpc.aio.Channel | None = None
         self._heard_at = 0.0
         self._clock_offset_s = 0.0
+        self._least_clock_offset_s = 0.0
 
     # ---- what the dispatcher uses
 
@@ -158,6 +159,11 @@ class WorkerLink:
     def to_router_time(self, at_s: float) -> float:
         """A moment of the worker's clock on the router's."""
         return at_s + self._clock_offset_s
+
+    @property
+    def clock_error_s(self) -> float:
+        """How much too late `to_router_time` may be: never more than the shortest delay seen plus the hello's."""
+        return self._clock_offset_s - self._least_clock_offset_s
 
     def view(self) -> WorkerView:
         """For placement. Own bookkeeping is immediate but blind to other routers; heartbeats see all, but late."""
@@ -226,7 +232,8 @@ class WorkerLink:
         async with _open_channel(self.address, self._identity) as channel:
             call = _stub(channel).Session(metadata=self._metadata)
             try:
-                self._connected(await self._greet(call), channel)
+                asked_at = self._clock.now()
+                self._connected(await self._greet(call), channel, asked_at)
                 async with asyncio.TaskGroup() as group:
                     group.create_task(self._write(call))
                     group.create_task(self._watch())
@@ -261,7 +268,7 @@ class WorkerLink:
         hello: pb.WorkerHello = message.hello
         return hello
 
-    def _connected(self, hello: pb.WorkerHello, channel: grpc.aio.Channel) -> None:
+    def _connected(self, hello: pb.WorkerHello, channel: grpc.aio.Channel, asked_at: float) -> None:
         now = self._clock.now()
         if hello.block_size:
             self.prefixes = PrefixMemory(hello.num_blocks * hello.block_size // 16)
@@ -269,7 +276,9 @@ class WorkerLink:
         self.heartbeat = pb.Heartbeat(num_free_blocks=hello.num_blocks)
         self._channel = channel
         self._heard_at = now
-        self._clock_offset_s = 0.0 if hello.clock_id == clock_id() else now - hello.now_s
+        is_one_clock = hello.clock_id == clock_id()
+        self._clock_offset_s = 0.0 if is_one_clock else now - hello.now_s
+        self._least_clock_offset_s = 0.0 if is_one_clock else asked_at - hello.now_s
         self._outbox.clear()
         self._has_outgoing.clear()
         logger.info(

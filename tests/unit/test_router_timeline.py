@@ -6,6 +6,7 @@ import logging
 
 import pytest
 
+from cluster import waterfall
 from router.timeline import Timeline, TimelineBook
 
 
@@ -28,8 +29,8 @@ def test_the_waterfall_adds_up() -> None:
         "route_ms": 1.5,
         "queue_ms": 0.5,
         "prefill_ms": 10.0,
-        "transfer_ms": 9.0,
-        "transfer_hidden_ms": 7.0,
+        "transfer_ms": 10.0,
+        "transfer_hidden_ms": 8.0,
         "transfer_exposed_ms": 2.0,
         "handover_ms": 2.0,
         "decode_ms": 17.0,
@@ -44,6 +45,25 @@ def test_a_decode_side_that_was_ready_first_exposes_nothing() -> None:
     timeline = finished()
     timeline.worker_moments("d", {"runnable": 0.1}, 0, "", 0)
     assert timeline.waterfall()["transfer_exposed_ms"] == 0.0
+
+
+def test_the_log_and_the_trace_mean_the_same_transfer() -> None:
+    trace = {**finished().trace(), "request_id": "r"}
+    moments = trace["moments_ms"]
+    assert trace["transfer_ms"] == moments["d"]["runnable"] - moments["d"]["kv_begin"]
+    assert trace["transfer_exposed_ms"] == moments["d"]["runnable"] - moments["p"]["prefill_end"]
+    (bar,) = [line for line in waterfall.picture(trace).splitlines() if line.startswith("  transfer")]
+    assert bar.split()[3] == "10.0"
+    assert bar.endswith("2.00 exposed")
+
+
+def test_the_worst_of_the_workers_clocks_is_told() -> None:
+    timeline = finished()
+    assert timeline.summary()["clock_error_ms"] == 0.0
+    timeline.worker_moments("d", {}, 0, "", 0, 0.0004)
+    timeline.worker_moments("p", {}, 0, "", 0, 0.0001)
+    assert timeline.summary()["clock_error_ms"] == 0.4
+    assert "within 0.40 ms" in waterfall.picture(timeline.trace())
 
 
 def test_a_local_request_has_no_transfer() -> None:

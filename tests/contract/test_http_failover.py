@@ -425,6 +425,31 @@ def test_moments_that_come_after_the_last_token_are_in_the_trace() -> None:
     run(lambda: pair(decode=Script(late_timeline=True)), scenario)
 
 
+@pytest.mark.parametrize("shift_s", [0.0, 1e6, -1e6])
+def test_moments_of_another_clock_are_mapped_and_the_error_is_told(shift_s: float) -> None:
+    async def scenario(here: Site) -> None:
+        assert await streamed(here) == (EXPECTED, "length")
+        token, traces = {"authorization": worker_token(SECRET)}, []
+        async with asyncio.timeout(5):
+            while not traces:
+                traces = (await here.http.get("/internal/traces", headers=token)).json()["traces"]
+        trace = here.router.book.trace(traces[0]["request_id"])
+        assert trace is not None
+        error_ms = trace["clock_error_ms"]
+        assert (error_ms > 0) == (shift_s != 0)
+        moments = trace["moments_ms"]
+        # Late by no more than the error, which the shortest delays bound.
+        assert -1 <= moments["decode-0"]["received"] <= moments["router"]["finished"] + error_ms + 1
+
+    def make() -> FakeCluster:
+        cluster = FakeCluster()
+        cluster.add("prefill-0", "prefill")
+        cluster.add("decode-0", "decode", clock_shift_s=shift_s)
+        return cluster
+
+    run(make, scenario)
+
+
 def test_a_client_that_leaves_while_there_is_no_worker_is_not_waited_for() -> None:
     async def scenario(here: Site) -> None:
         (worker,) = here.cluster.workers.values()

@@ -72,6 +72,8 @@ class FakeWorker:
     protocol: int = 1
     port: int = 0
     tls_secret: bytes | None = None
+    clock_shift_s: float = 0.0
+    """How far its clock, another machine's, is ahead; 0: the same clock."""
 
     def __post_init__(self) -> None:
         self.started: list[pb.StartAttempt] = []
@@ -123,6 +125,10 @@ class FakeWorker:
         """Wait for something that happens at this worker."""
         async with asyncio.timeout(10), self.changed:
             await self.changed.wait_for(condition)
+
+    def now(self) -> float:
+        """On its clock."""
+        return asyncio.get_running_loop().time() + self.clock_shift_s
 
     async def notify(self) -> None:
         """Something happened."""
@@ -229,15 +235,15 @@ class _Session:
             block_size=16,
             num_blocks=worker.num_blocks,
             vocab_size=1024,
-            clock_id=clock_id(),
-            now_s=_now(),
+            clock_id="elsewhere" if worker.clock_shift_s else clock_id(),
+            now_s=worker.now(),
             max_num_seqs=64,
         )
 
     def heartbeat(self) -> pb.Heartbeat:
         return pb.Heartbeat(
             progress=len(self.worker.tokens),
-            now_s=_now(),
+            now_s=self.worker.now(),
             num_running=len(self.tasks),
             num_free_blocks=self.worker.num_blocks,
             draining=self.worker.draining,
@@ -321,7 +327,7 @@ class _Session:
         worker, script = self.worker, self.worker.script
         prompt, limit = start.token_ids[: start.num_prompt_tokens], start.sampling.max_tokens
         end = limit if count is None else min(limit, begin + count)
-        stamps = [pb.Moment(name=name, at_s=_now()) for name in ("received", *moments)]
+        stamps = [pb.Moment(name=name, at_s=worker.now()) for name in ("received", *moments)]
         step = pb.StepEvents()
         for index, token_id in enumerate(tokens_of(prompt, end)[begin:], begin):
             if index == script.gate_at:
@@ -357,7 +363,7 @@ class _Session:
                 step.tokens.extend([token] * (2 if script.repeat else 1))
             is_last = bool(token.finish_reason)
             if script.timeline and (index == end - 1 or is_last):
-                stamps.append(pb.Moment(name="finished", at_s=_now()))
+                stamps.append(pb.Moment(name="finished", at_s=worker.now()))
                 timeline = pb.Timeline(
                     attempt_id=start.attempt_id, moments=stamps, kv_bytes=1000, transport="tcp", num_cached_tokens=0
                 )
@@ -377,10 +383,6 @@ class _Session:
 
 async def _ignore(work: Coroutine[Any, Any, bool]) -> None:
     await work
-
-
-def _now() -> float:
-    return asyncio.get_running_loop().time()
 
 
 # ---- a router in front of them

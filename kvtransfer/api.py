@@ -26,7 +26,8 @@ class PeerRank:
     host: str
     port: int
     unix_path: str = ""
-    """A Unix socket for shared memory, or "". Tried first; falling back to TCP is reported, never silent."""
+    """A Unix socket for shared memory, or "". Tried first where its directory exists, which says that the peer is on this
+    machine; falling back to TCP is then reported, never silent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,12 +149,34 @@ class EndpointStats:
     """Peer rank -> "tcp" | "tcp+tls" | "shm" | "local"."""
 
 
+@dataclass(frozen=True, slots=True)
+class LinkReport:
+    """A link that this rank sends KV on was made, or could not be made, or is lost."""
+
+    worker_id: str
+    incarnation: str
+    tp_rank: int
+    """Of the peer; -1: no rank, the whole worker can not be sent to."""
+    transport: str
+    """How KV travels: "tcp" | "tcp+tls" | "shm" | "local"; "": there is no link."""
+    reason: str = ""
+    """Why there is none."""
+
+
 class TransferEndpoint(Protocol):
     """One rank's end of all its transfers. Every method posts and returns at once; engine thread only."""
 
     @property
     def address(self) -> PeerRank:
         """Where peers reach this rank."""
+        ...
+
+    def connect(self, peer: PeerWorker) -> None:
+        """Make the links that transfers to this peer will need, so that the first one finds them. Any thread."""
+        ...
+
+    def set_on_link(self, on_link: Callable[[LinkReport], None]) -> None:
+        """`on_link` is called from the transfer thread whenever a link that this rank sends on comes or goes."""
         ...
 
     def open_send(self, request: SendRequest) -> None:

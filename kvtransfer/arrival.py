@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 from typing import Final
 
 from kvtransfer.faults import FaultHook
 from kvtransfer.lanes import Landing
 from kvtransfer.messages import Data
-from kvtransfer.pool import Digest, Extents, Pool, copy, seal
+from kvtransfer.native.library import library
+from kvtransfer.pool import Digest, Extents, Pool, address_of, copy, seal
 
 
 class Arrival:
@@ -27,6 +30,9 @@ class Arrival:
         self._digest = None if context is None else Digest(self.extents)
         self._faults = faults
         self._landed_bytes = 0
+        is_plain = faults is None and (self._digest is None or self._digest.state is not None)
+        self._native = library() if is_plain else None
+        self._cursor = (ctypes.c_uint64 * 2)()
 
     @property
     def is_verified(self) -> bool:
@@ -34,6 +40,28 @@ class Arrival:
         if self._digest is None or self._context is None:
             return True
         return seal(self._context, self.frame, self._digest.result()) == self.frame.digest
+
+    def views(self) -> list[memoryview]:
+        """Where all its bytes go, in order."""
+        return self.extents.views()
+
+    @property
+    def is_native(self) -> bool:
+        """May `receive` be called, instead of filling `views`?"""
+        return self._native is not None
+
+    def receive(self, fd: int, num_bytes: int) -> int:
+        """Read at most `num_bytes` from a non-blocking socket into their place; how many came, 0 if the peer closed.
+
+        Raises:
+            OSError: BlockingIOError if nothing is there; or the connection broke.
+        """
+        assert self._native is not None
+        state = None if self._digest is None else self._digest.state
+        count = int(self._native.receive(fd, address_of(self.extents.pieces), self._cursor, num_bytes, state))
+        if count < 0:
+            raise OSError(-count, os.strerror(-count))
+        return count
 
     def landed(self, num_bytes: int) -> None:
         """The next `num_bytes` are in place."""

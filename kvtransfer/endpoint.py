@@ -14,7 +14,9 @@ from baton.kv_layout import UNIT_TOKENS
 from kvtransfer.api import (
     EndpointConfig,
     EndpointStats,
+    LinkReport,
     PeerRank,
+    PeerWorker,
     SendRequest,
     TransferEndpoint,
     TransferEvent,
@@ -91,6 +93,14 @@ class Endpoint:
     def address(self) -> PeerRank:
         """Where peers reach this rank. `host` is the configured one: replace a wildcard before publishing it."""
         return self._address
+
+    def connect(self, peer: PeerWorker) -> None:
+        """Make the links that transfers to this peer will need. Any thread."""
+        self._thread.post(self._thread.connect, peer)
+
+    def set_on_link(self, on_link: Callable[[LinkReport], None]) -> None:
+        """`on_link` hears, on the transfer thread, of links that this rank sends on."""
+        self._thread.on_link = on_link
 
     def open_send(self, request: SendRequest) -> None:
         """Make a transfer known; see TransferEndpoint.

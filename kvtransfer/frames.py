@@ -17,7 +17,7 @@ import hashlib
 import hmac
 import struct
 from collections.abc import Callable
-from typing import Final, NamedTuple
+from typing import Final, Protocol
 
 from kvtransfer.messages import (
     UNAUTHENTICATED_BODY_BYTES,
@@ -65,13 +65,21 @@ def encode_frame(message: Message, tagger: Tagger, payload_bytes: int = 0) -> by
     return head + tagger.tag(head, body) + body
 
 
-class Sink(NamedTuple):
+class Sink(Protocol):
     """Where a payload goes."""
 
-    views: list[memoryview]
-    """As long as the payload, in order; the list is used up."""
-    landed: Callable[[int], None]
-    """Told how many more bytes are in place, before the next ones are read."""
+    def views(self) -> list[memoryview]:
+        """As long as the payload, in order; the list is used up."""
+
+    def landed(self, num_bytes: int) -> None:
+        """So many bytes more of `views` are filled."""
+
+    @property
+    def is_native(self) -> bool:
+        """May `receive` be called, instead of filling `views`?"""
+
+    def receive(self, fd: int, num_bytes: int) -> int:
+        """Read at most `num_bytes` more from a socket; how many came. Raises as `socket.recv_into`."""
 
 
 class FrameReader:
@@ -99,7 +107,8 @@ class FrameReader:
         self._code = 0
         self._payload_bytes = 0
         self._message: Message | None = None
-        self._landed: Callable[[int], None] | None = None
+        self._sink: Sink | None = None
+        self._payload_left = 0
         self._pending: list[memoryview] = [memoryview(self._head)]
         self._advance = self._head_read
 
@@ -111,12 +120,25 @@ class FrameReader:
 
     def buffers(self) -> list[memoryview]:
         """Where the next bytes of the stream go, in order; never empty. Valid until the next call of any method."""
+        if not self._pending and self._sink is not None:
+            self._pending = self._sink.views()
         return self._pending
 
     @property
     def payload_left(self) -> int:
         """Bytes of a payload that are still to come; 0 outside of one."""
-        return 0 if self._message is None else sum(len(view) for view in self._pending)
+        return self._payload_left
+
+    @property
+    def sink(self) -> Sink | None:
+        """Where a payload is going that is being read. Its `receive`, reported with `received`, replaces `buffers`."""
+        return self._sink
+
+    def received(self, num_bytes: int) -> None:
+        """`sink.receive` has read so many bytes."""
+        self._payload_left -= num_bytes
+        if not self._payload_left:
+            self._advance()
 
     @property
     def message(self) -> Message | None:
@@ -130,8 +152,10 @@ class FrameReader:
             ProtocolError: the stream can not be understood any more.
         """
         pending = self._pending
-        if self._landed is not None:
-            self._landed(num_bytes)
+        if self._message is not None:
+            self._payload_left -= num_bytes
+        if self._sink is not None:
+            self._sink.landed(num_bytes)
         done = 0
         while done < len(pending) and num_bytes >= len(pending[done]):
             num_bytes -= len(pending[done])
@@ -145,8 +169,7 @@ class FrameReader:
     def redirect(self) -> None:
         """Let the rest of the payload that is being read go nowhere."""
         if self._message is not None:
-            self._pending = _scratch(sum(len(view) for view in self._pending))
-            self._landed = None
+            self._pending, self._sink = _scratch(self._payload_left), None
 
     def _head_read(self) -> None:
         magic, form, code, body_bytes, payload_bytes = _HEAD.unpack_from(self._head)
@@ -182,11 +205,12 @@ class FrameReader:
             self._end(message)
             return
         self._message = message
-        self._pending, self._landed = (_scratch(self._payload_bytes), None) if sink is None else sink
+        self._sink, self._payload_left = sink, self._payload_bytes
+        self._pending = _scratch(self._payload_bytes) if sink is None else []
         self._advance = self._payload_read
 
     def _payload_read(self) -> None:
-        message, self._message, self._landed = self._message, None, None
+        message, self._message, self._sink = self._message, None, None
         assert message is not None
         self._expect_head()
         self._end(message)

@@ -112,7 +112,7 @@ class SendLane:
         if not self._ready or plan is None or runs is None:
             return None
         limit_bytes = min(FETCHED_FRAME_BYTES if name_blocks else FRAME_BYTES, self._window_bytes // 2)
-        max_bytes = min(limit_bytes, max(_FIRST_FRAME_BYTES, self.bytes_sent))
+        max_bytes = min(limit_bytes, max(_FIRST_FRAME_BYTES, 2 * self.bytes_sent))
         layer = next(iter(self._ready))
         first, limit = self._sent_tokens[layer], sendable(layer)
         end = plan.frame_end(layer, first, limit, max_bytes)

@@ -12,9 +12,12 @@ from collections.abc import Callable
 from typing import Final, NamedTuple
 
 from kvtransfer.api import TransferId
+from kvtransfer.departure import Departure
 from kvtransfer.frames import FrameReader, Sink, Tagger, encode_frame
 from kvtransfer.messages import Data, Message, ProtocolError
+from kvtransfer.native.library import library
 from kvtransfer.plan import HASH_BYTES
+from kvtransfer.pool import Extents
 from kvtransfer.transports.tls import TlsSocket
 
 _MAX_IOV: Final = 512
@@ -29,7 +32,7 @@ class OutgoingFrame(NamedTuple):
     """A data frame to write: the message, and its payload for a stream."""
 
     message: Data
-    payload: list[memoryview]
+    payload: Extents | list[memoryview]
     num_bytes: int
     """Bytes that the frame moves, on the stream or by shared memory."""
 
@@ -60,8 +63,11 @@ class Link:
         self._tagger = Tagger()
         self._messages: deque[bytes] = deque()
         self._writing: list[memoryview] = []
+        self._departure: Departure | None = None
+        """Comes after `_writing`."""
+        self._native = library() if type(sock) is socket.socket else None
         self._written_transfer: TransferId | None = None
-        """Whose pool blocks `_writing` still points into."""
+        """Whose pool blocks `_writing` or `_departure` still points into."""
         self._wants_fd = False
         self._received_fds: list[int] = []
         self._budget = 0
@@ -113,7 +119,7 @@ class Link:
     @property
     def wants_write(self) -> bool:
         """Is something queued, apart from what `pull` would give?"""
-        return bool(self._writing or self._messages)
+        return bool(self._writing or self._departure or self._messages)
 
     def write(self) -> bool:
         """Write until the socket is full, nothing is left or the turn is over; True in the last case.
@@ -124,12 +130,12 @@ class Link:
         budget = _TURN_BYTES
         self.is_blocked = False
         while budget > 0:
-            if not self._writing:
+            if not self._writing and self._departure is None:
                 budget -= self._next_frames()
-                if not self._writing:
+                if not self._writing and self._departure is None:
                     return False
             try:
-                sent = self._sock.sendmsg(self._writing[:_MAX_IOV])
+                sent = self._send()
             except BlockingIOError:
                 self.is_blocked = True
                 return False
@@ -138,11 +144,22 @@ class Link:
             except OSError as error:
                 raise LinkClosed(_why(error)) from error
             budget -= sent
-            _drop(self._writing, sent)
         return True
 
+    def _send(self) -> int:
+        """Write once; how many bytes the socket took."""
+        departure = self._departure
+        if departure is None or self._writing:
+            sent = self._sock.sendmsg(self._writing[:_MAX_IOV])
+            _drop(self._writing, sent)
+            return sent
+        sent = departure.send(self._sock.fileno())
+        if not departure.bytes_left:
+            self._departure = None
+        return sent
+
     def _next_frames(self) -> int:
-        """Fill `_writing`; returns the bytes that move outside the stream."""
+        """Fill `_writing` or `_departure`; returns the bytes that move outside the stream."""
         self._written_transfer = None
         if self._messages:
             self._writing.append(memoryview(b"".join(self._messages)))
@@ -151,11 +168,18 @@ class Link:
         frame = self._pull()
         if frame is None:
             return 0
-        payload_bytes = sum(len(view) for view in frame.payload)
-        self._writing.append(memoryview(encode_frame(frame.message, self._tagger, payload_bytes)))
-        self._writing += frame.payload
         self._written_transfer = frame.message.transfer_id
-        return frame.num_bytes - payload_bytes
+        payload = frame.payload
+        if isinstance(payload, Extents):
+            head = encode_frame(frame.message, self._tagger, payload.num_bytes)
+            if self._native is not None:
+                self._departure = Departure(self._native, head, payload)
+                return 0
+            payload = payload.views()
+        else:
+            head = encode_frame(frame.message, self._tagger, sum(len(view) for view in payload))
+        self._writing = [memoryview(head), *payload]
+        return 0 if payload else frame.num_bytes
 
     # In.
 
@@ -170,7 +194,7 @@ class Link:
         is_drained = False
         while self._budget > 0:
             try:
-                count = self._receive(self._reader.buffers())
+                count = self._receive()
             except BlockingIOError:
                 is_drained = True
                 break
@@ -179,7 +203,6 @@ class Link:
             if not count:
                 raise LinkClosed("the peer closed the connection")
             self._budget -= count
-            self._reader.filled(count)
         self._wait_for(min(self._reader.payload_left, _LOW_WATER_BYTES))
         return is_drained
 
@@ -198,13 +221,28 @@ class Link:
         """Count bytes that were fetched beside the stream towards this turn of `read`."""
         self._budget -= num_bytes
 
-    def _receive(self, buffers: list[memoryview]) -> int:
+    def _receive(self) -> int:
+        """Read once; how many bytes came."""
+        reader, sink = self._reader, self._reader.sink
+        if self._native is not None and sink is not None and sink.is_native:
+            count = sink.receive(self._sock.fileno(), min(reader.payload_left, self._budget))
+            reader.received(count)
+            return count
+        buffers = reader.buffers()
+        count = self._receive_fd(buffers) if self._wants_fd else self._fill(buffers)
+        if count:
+            reader.filled(count)
+        return count
+
+    def _fill(self, buffers: list[memoryview]) -> int:
         """Read about HASH_BYTES, so that they are hashed while they are in cache."""
-        if not self._wants_fd:
-            first = buffers[0]
-            if len(buffers) == 1 or len(first) >= HASH_BYTES // 2:
-                return self._sock.recv_into(first, min(len(first), HASH_BYTES))
-            return self._sock.recvmsg_into(buffers[: min(_MAX_IOV, HASH_BYTES // len(first) + 1)])[0]
+        first = buffers[0]
+        if len(buffers) == 1 or len(first) >= HASH_BYTES // 2:
+            return self._sock.recv_into(first, min(len(first), HASH_BYTES))
+        return self._sock.recvmsg_into(buffers[: min(_MAX_IOV, HASH_BYTES // len(first) + 1)])[0]
+
+    def _receive_fd(self, buffers: list[memoryview]) -> int:
+        """Read, and perhaps a file descriptor beside the bytes."""
         assert not isinstance(self._sock, TlsSocket)
         space = socket.CMSG_SPACE(_MAX_FDS * array.array("i").itemsize)
         count, ancillary, _, _ = self._sock.recvmsg_into(buffers, space, socket.MSG_CMSG_CLOEXEC)
@@ -226,6 +264,8 @@ class Link:
         """
         if self._written_transfer == transfer_id:
             self._writing = [memoryview(b"".join(self._writing))] if self._writing else []
+            if self._departure is not None:
+                self._writing, self._departure = [memoryview(self._departure.rest())], None
             self._written_transfer = None
         message = self._reader.message
         if type(message) is Data and message.transfer_id == transfer_id:
@@ -235,14 +275,14 @@ class Link:
 
     def last_words(self, message: Message) -> None:
         """Try to send what is queued and one message more before closing, without waiting."""
-        if not self._writing:
+        if not self._writing and self._departure is None:
             self.post(message)
             with contextlib.suppress(OSError):
                 self._sock.send(b"".join(self._messages))
 
     def close(self) -> None:
         """Close the socket and drop every reference to pool memory. Idempotent."""
-        self._writing = []
+        self._writing, self._departure = [], None
         self._messages.clear()
         self._reader.redirect()
         self._close_fds()

@@ -44,7 +44,9 @@ class Pool:
             end = start + layout.block_bytes(layer) * layout.geometry.num_blocks
             self._layers.append(flat[start:end])
             start = end
-        self._bases: list[Pieces] = [np.array([[_address(view), 0]], np.uint64) for view in self._layers]
+        self._bases: Pieces = np.array(
+            [(address_of(np.frombuffer(view, np.uint8)), 0) for view in self._layers], np.uint64
+        )
 
     def views(self, layer: int, runs: Runs) -> list[memoryview]:
         """The bytes of `runs`, in order, without a copy."""
@@ -53,11 +55,11 @@ class Pool:
 
     def pieces(self, parts: Sequence[Part]) -> Pieces:
         """Where the bytes of `parts` lie; valid until `release`."""
-        bases = self._bases
-        if len(parts) == 1:
-            layer, runs = parts[0]
-            return runs + bases[layer]
-        return np.concatenate([runs + bases[layer] for layer, runs in parts])
+        runs = parts[0][1]
+        if all(part[1] is runs for part in parts):
+            bases = self._bases[[layer for layer, _ in parts]]
+            return (runs + bases[:, None]).reshape(-1, 2)
+        return np.concatenate([runs + self._bases[layer] for layer, runs in parts])
 
     def layer(self, layer: int) -> memoryview:
         """All bytes of one layer."""
@@ -72,7 +74,7 @@ class Pool:
         for view in self._layers:
             with contextlib.suppress(BufferError):  # a traceback still holds an array over it
                 view.release()
-        self._layers, self._bases = [], []
+        self._layers, self._bases = [], self._bases[:0]
 
 
 class Extents:
@@ -90,11 +92,11 @@ class Extents:
         return found if num_bytes is None else _cut(found, start, num_bytes)
 
     @property
-    def address(self) -> int:
-        """Of the table of pieces, for native code; valid as long as this object."""
+    def pieces(self) -> Pieces:
+        """Where the bytes lie, for native code."""
         if self._pieces is None:
             self._pieces = self._pool.pieces(self._parts)
-        return int(self._pieces.__array_interface__["data"][0])
+        return self._pieces
 
     def copies_from(self, source: Extents) -> Iterator[tuple[Bytes, Bytes]]:
         """Pairs of equally long (to, from) pieces of at most HASH_BYTES, in order."""
@@ -111,7 +113,7 @@ class Digest:
         self._extents = extents
         self._native = library() if extents.num_bytes > _MAX_SHORT_BYTES else None
         self.state: Final = None if self._native is None else ctypes.create_string_buffer(self._native.digest_bytes)
-        """Of native code, which `copy` feeds by itself."""
+        """Of native code, which other native code may feed by itself."""
         self._cursor = (ctypes.c_uint64 * 2)()
         self._taken_bytes = 0
         self._hasher = xxhash.xxh3_128() if self._native is None else None
@@ -120,7 +122,7 @@ class Digest:
         """The next `num_bytes` are in place."""
         if self._hasher is None:
             assert self._native is not None
-            self._native.digest_take(self.state, self._extents.address, self._cursor, num_bytes)
+            self._native.digest_take(self.state, address_of(self._extents.pieces), self._cursor, num_bytes)
             return
         for view in self._extents.views(self._taken_bytes, num_bytes):
             self._hasher.update(view)
@@ -145,7 +147,7 @@ def copy(to: Extents, source: Extents, digest: Digest | None) -> None:
     native = library()
     if native is not None:
         state = None if digest is None else digest.state
-        native.copy(to.address, source.address, to.num_bytes, state)
+        native.copy(address_of(to.pieces), address_of(source.pieces), to.num_bytes, state)
         if digest is not None and state is None:
             digest.take(to.num_bytes)
         return
@@ -171,8 +173,9 @@ def data_digest(context: bytes, frame: Data, extents: Extents) -> bytes:
     return seal(context, frame, digest.result())
 
 
-def _address(view: memoryview) -> int:
-    return int(np.frombuffer(view, np.uint8).__array_interface__["data"][0])
+def address_of(array: npt.NDArray[np.generic]) -> int:
+    """Of its first element; valid as long as the array."""
+    return int(array.__array_interface__["data"][0])
 
 
 def _cut(views: list[memoryview], start: int, num_bytes: int) -> list[memoryview]:

@@ -8,7 +8,18 @@ from dataclasses import dataclass, field
 
 from baton.errors import LayoutMismatch
 from baton.kv_layout import UNIT_TOKENS, ModelKV
-from kvtransfer.api import Completed, Failed, Granted, Quiesced, Refused, SendRequest, TransferEvent, TransferId
+from kvtransfer.api import (
+    Completed,
+    Failed,
+    Granted,
+    PeerRank,
+    PeerWorker,
+    Quiesced,
+    Refused,
+    SendRequest,
+    TransferEvent,
+    TransferId,
+)
 from kvtransfer.auth import LinkKey
 from kvtransfer.lanes import Outgoing, SendLane
 from kvtransfer.liveness import LeaseTable
@@ -97,6 +108,25 @@ class SendSide:
         actions, self._actions = self._actions, []
         return actions
 
+    def connect(self, peer: PeerWorker) -> None:
+        """Make the links that transfers to the peer will need.
+
+        Raises:
+            LayoutMismatch: there is no way to send to a worker of that many ranks.
+        """
+        wanted = destination_ranks(self._model, self._tp_size, self._tp_rank, len(peer.ranks))
+        for rank in peer.ranks:
+            if rank.tp_rank in wanted:
+                self._link(LinkKey(peer.worker_id, peer.incarnation, rank.tp_rank), rank)
+
+    def _link(self, key: LinkKey, peer: PeerRank) -> _Link:
+        """The link to a rank, which is on its way if there was none."""
+        link = self._links.get(key)
+        if link is None:
+            link = self._links[key] = _Link()
+            self._actions.append(Connect(key, peer))
+        return link
+
     # Commands of the engine.
 
     def open(self, now: float, request: SendRequest) -> None:
@@ -120,10 +150,7 @@ class SendSide:
                 return
             key = LinkKey(peer.worker_id, peer.incarnation, tp_rank)
             lane = transfer.lanes[key] = SendLane(len(transfer.written), request.block_table, request.num_tokens)
-            link = self._links.get(key)
-            if link is None:
-                link = self._links[key] = _Link()
-                self._actions.append(Connect(key, by_rank[tp_rank]))
+            link = self._link(key, by_rank[tp_rank])
             if len(link.lanes) >= MAX_NAMED_TRANSFERS:
                 self._fail(transfer, now, f"overloaded: too many transfers to {key}", AbortCode.OVERLOADED)
                 return

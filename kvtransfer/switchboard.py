@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import secrets
 import selectors
 import socket
@@ -142,8 +143,8 @@ class Switchboard:
     def _connect(self, transport: str, peer: PeerRank) -> socket.socket | TlsSocket | None:
         """A socket to the peer; None if the transport does not apply to this pair."""
         if transport == shm.NAME:
-            if not peer.unix_path:
-                return None
+            if not os.path.isdir(os.path.dirname(peer.unix_path)):
+                return None  # it is on another machine, or has no shared memory
             if self._pool_fd is None:
                 raise OSError(0, "this rank's pool can not be shared")
             return shm.dial(peer.unix_path)

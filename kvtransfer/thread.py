@@ -11,7 +11,16 @@ from collections.abc import Callable
 from typing import Any, Final, TypeAlias
 
 from baton.clock import Clock
-from kvtransfer.api import EndpointConfig, EndpointStats, Failed, TransferEvent, TransferId
+from baton.errors import LayoutMismatch
+from kvtransfer.api import (
+    EndpointConfig,
+    EndpointStats,
+    Failed,
+    LinkReport,
+    PeerWorker,
+    TransferEvent,
+    TransferId,
+)
 from kvtransfer.arrival import Arrival
 from kvtransfer.auth import LinkKey
 from kvtransfer.connection import HANDSHAKE_S, Connection, Role
@@ -32,7 +41,8 @@ Command: TypeAlias = tuple[Callable[..., None], tuple[Any, ...]]
 
 
 class TransferThread:
-    """Everything that runs on the transfer thread; only `post`, `events`, `on_events` and `stats` are for others."""
+    """Everything that runs on the transfer thread; only `post`, `events`, `on_events`, `on_link`
+    and `stats` are for others."""
 
     def __init__(
         self,
@@ -52,6 +62,7 @@ class TransferThread:
         self.receive: Final = ReceiveSide(model, tp_size, tp_rank, config.credit_bytes, config.lease_s)
         self.events: Final[queue.SimpleQueue[TransferEvent]] = queue.SimpleQueue()
         self.on_events: Callable[[], None] | None = None
+        self.on_link: Callable[[LinkReport], None] | None = None
         self.failure: BaseException | None = None
         """What ended the thread, if it was not `close`."""
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
@@ -97,6 +108,13 @@ class TransferThread:
     def now_do(self, method: Callable[..., None], *args: Any) -> None:
         """Call a method of a side that takes the time first."""
         method(self._now, *args)
+
+    def connect(self, peer: PeerWorker) -> None:
+        """Make the links that transfers to this peer will need."""
+        try:
+            self.send.connect(peer)
+        except LayoutMismatch as error:
+            self._tell_link(LinkReport(peer.worker_id, peer.incarnation, -1, "", f"layout: {error.message}"))
 
     def abort(self, now: float, transfer_id: TransferId, reason: str) -> None:
         """End a transfer on whichever side it is; exactly one `Quiesced` follows."""
@@ -219,10 +237,15 @@ class TransferThread:
         """A link is authenticated."""
         assert connection.session is not None
         self._side(connection.role).link_up(self._now, connection.key, connection.session.plan)
+        if connection.role is Role.SENDER:
+            key = connection.key
+            self._tell_link(LinkReport(key.worker_id, key.incarnation, key.tp_rank, connection.transport))
 
     def link_down(self, role: Role, key: LinkKey, reason: str) -> None:
         """A link is gone, or could not be made."""
         self._side(role).link_down(self._now, key, reason)
+        if role is Role.SENDER:
+            self._tell_link(LinkReport(key.worker_id, key.incarnation, key.tp_rank, "", reason))
 
     def drained(self, connection: Connection) -> None:
         """All that the peer had sent so far is processed."""
@@ -238,7 +261,7 @@ class TransferThread:
         if landing is None:
             return None
         connection.arrival = arrival = self._arrival(connection, message, landing)
-        return Sink(arrival.extents.views(), arrival.landed)
+        return arrival
 
     def end(self, connection: Connection, message: Message) -> None:
         """A message is complete."""
@@ -264,16 +287,19 @@ class TransferThread:
             return None
         session = connection.session
         assert session is not None
-        frame, payload = outgoing.frame, []
+        frame = outgoing.frame
         extents = Extents(self._pool, outgoing.parts, outgoing.num_bytes)
         if session.verify:
             frame = frame._replace(digest=data_digest(session.context, frame, extents))
-        if not connection.is_fetched or self._faults is not None:
-            payload = extents.views()
+        payload: Extents | list[memoryview] = extents
         if self._faults is not None:
-            payload = self._faults.before_send(frame, payload)
+            payload = self._faults.before_send(frame, extents.views())
         self._bytes_sent += outgoing.num_bytes
         return OutgoingFrame(frame, [] if connection.is_fetched else payload, outgoing.num_bytes)
+
+    def _tell_link(self, report: LinkReport) -> None:
+        if self.on_link is not None:
+            self.on_link(report)
 
     def _side(self, role: Role) -> SendSide | ReceiveSide:
         return self.send if role is Role.SENDER else self.receive

@@ -7,7 +7,7 @@ import functools
 import logging
 import os
 import sys
-from ctypes import c_int32, c_uint64, c_void_p
+from ctypes import c_int32, c_int64, c_uint64, c_void_p
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,7 +16,7 @@ from baton.native_build import NativeUnavailable
 
 log = logging.getLogger("kvtransfer")
 
-_ABI: Final = 1
+_ABI: Final = 2
 _SOURCE: Final = Path(__file__).parent / "src" / "pieces.cpp"
 _FLAGS: Final = (*native_build.FLAGS, "-O3")
 _SIGNATURES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
@@ -26,6 +26,8 @@ _SIGNATURES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "baton_digest_take": (None, (c_void_p, c_void_p, c_void_p, c_uint64)),
     "baton_digest_result": (None, (c_void_p, c_void_p)),
     "baton_copy": (None, (c_void_p, c_void_p, c_uint64, c_void_p)),
+    "baton_send": (c_int64, (c_int32, c_void_p, c_void_p, c_uint64)),
+    "baton_receive": (c_int64, (c_int32, c_void_p, c_void_p, c_uint64, c_void_p)),
 }
 
 
@@ -49,6 +51,8 @@ class Library:
         self.digest_take: Final = c.baton_digest_take
         self.digest_result: Final = c.baton_digest_result
         self.copy: Final = c.baton_copy
+        self.send: Final = c.baton_send
+        self.receive: Final = c.baton_receive
 
 
 @functools.cache

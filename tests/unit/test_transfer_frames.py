@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from baton.kv_layout import KVGeometry, KVLayout, LayerSpec, ModelKV
 from kvtransfer import messages, pool
 from kvtransfer.auth import decode_layout, encode_layout
-from kvtransfer.frames import HEAD_BYTES, FrameReader, Sink, Tagger, encode_frame
+from kvtransfer.frames import HEAD_BYTES, FrameReader, Tagger, encode_frame
 from kvtransfer.messages import (
     DIGEST_BYTES,
     MAX_NAMED_TRANSFERS,
@@ -86,15 +86,22 @@ class Recorder:
         if opened:
             self.reader.open(KEY, max_payload_bytes)
 
-    def _begin(self, message: Message, payload_bytes: int) -> Sink:
+    def _begin(self, message: Message, payload_bytes: int) -> Recorder:
         self.payload = bytearray(payload_bytes)
-        view = memoryview(self.payload)
-        middle = payload_bytes // 3
-        parts = [part for part in (view[:middle], view[middle:]) if part]
-        return Sink(parts, self._landed)
+        return self
 
-    def _landed(self, num_bytes: int) -> None:
+    def views(self) -> list[memoryview]:
+        view = memoryview(self.payload)
+        middle = len(view) // 3
+        return [part for part in (view[:middle], view[middle:]) if part]
+
+    def landed(self, num_bytes: int) -> None:
         self.num_landed += num_bytes
+
+    is_native = False
+
+    def receive(self, fd: int, num_bytes: int) -> int:
+        raise NotImplementedError
 
     def feed(self, stream: bytes, chunk: int = 2**20) -> None:
         """Fill the reader's buffers from a stream, at most `chunk` bytes at a time."""

@@ -41,6 +41,19 @@ void advance(const iovec* pieces, Cursor& cursor, size_t num_bytes) {
     }
 }
 
+// The pieces from the cursor on, `limit` bytes at most, as the kernel takes them; how many.
+int gather(const iovec* pieces, const Cursor& cursor, size_t limit, iovec* out) {
+    Cursor walk = cursor;
+    int count = 0;
+    while (limit && count < MAX_IOV) {
+        const size_t here = least(left(pieces, walk), limit);
+        out[count++] = {at(pieces, walk), here};
+        advance(pieces, walk, here);
+        limit -= here;
+    }
+    return count;
+}
+
 void copy_piece(uint8_t* to, const uint8_t* from, size_t num_bytes, xxh3::Digest* digest) {
     if (!digest) {
         std::memcpy(to, from, num_bytes);
@@ -58,7 +71,7 @@ void copy_piece(uint8_t* to, const uint8_t* from, size_t num_bytes, xxh3::Digest
 
 }  // namespace
 
-API int32_t baton_pieces_abi() { return 1; }
+API int32_t baton_pieces_abi() { return 2; }
 
 API uint64_t baton_digest_bytes() { return sizeof(xxh3::Digest); }
 
@@ -88,4 +101,46 @@ API void baton_copy(const iovec* to, const iovec* from, uint64_t num_bytes, xxh3
         advance(from, from_at, here);
         num_bytes -= here;
     }
+}
+
+// Sends the next `num_bytes` of the pieces on a non-blocking socket until it is full; how many were sent, or -errno if none.
+API int64_t baton_send(int32_t fd, const iovec* pieces, Cursor* cursor, uint64_t num_bytes) {
+    uint64_t done = 0;
+    iovec batch[MAX_IOV];
+    while (done < num_bytes) {
+        msghdr message{};
+        message.msg_iov = batch;
+        message.msg_iovlen = static_cast<size_t>(gather(pieces, *cursor, num_bytes - done, batch));
+        const ssize_t sent = sendmsg(fd, &message, MSG_NOSIGNAL | MSG_DONTWAIT);
+        if (sent < 0) {
+            if (errno == EINTR) continue;
+            return done ? static_cast<int64_t>(done) : -errno;
+        }
+        advance(pieces, *cursor, static_cast<size_t>(sent));
+        done += static_cast<uint64_t>(sent);
+    }
+    return static_cast<int64_t>(done);
+}
+
+// Reads the next `num_bytes` of the pieces from a non-blocking socket until it is empty; `digest`, if any, is fed with
+// them. How many came (0: the peer closed), or -errno if none.
+API int64_t baton_receive(int32_t fd, const iovec* pieces, Cursor* cursor, uint64_t num_bytes, xxh3::Digest* digest) {
+    uint64_t done = 0;
+    iovec batch[MAX_IOV];
+    while (done < num_bytes) {
+        msghdr message{};
+        message.msg_iov = batch;
+        message.msg_iovlen =
+            static_cast<size_t>(gather(pieces, *cursor, least(num_bytes - done, HASH_BYTES), batch));
+        const ssize_t came = recvmsg(fd, &message, MSG_DONTWAIT);
+        if (came < 0 && errno == EINTR) continue;
+        if (came <= 0) return done ? static_cast<int64_t>(done) : came < 0 ? -errno : 0;
+        if (digest) {
+            Cursor walk = *cursor;
+            baton_digest_take(digest, pieces, &walk, static_cast<uint64_t>(came));
+        }
+        advance(pieces, *cursor, static_cast<size_t>(came));
+        done += static_cast<uint64_t>(came);
+    }
+    return static_cast<int64_t>(done);
 }

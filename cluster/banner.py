@@ -10,6 +10,7 @@ from typing import Any
 
 from baton import __version__
 from baton.config import Config
+from cluster.site import OWN_ADDRESS
 from cluster.topology import FRONT, ROUTER, ModelChoice, WorkerPlan
 from cluster.waterfall import size
 
@@ -77,6 +78,7 @@ def banner(
     model: ModelChoice,
     workers: Sequence[WorkerPlan],
     facts: Mapping[str, UnitFacts],
+    links: Mapping[tuple[str, str], str],
     start_up: StartUp,
     logs: str,
 ) -> str:
@@ -88,6 +90,7 @@ def banner(
         ("model", model.path or "simulated"),
         ("workers", _shape(workers, config)),
         *((plan.worker_id, _worker(plan, facts[plan.worker_id])) for plan in workers),
+        *([("kv", _links(links))] if links else []),
         *(("http", f"{router.get('http_url', '')}/v1  (OpenAI-compatible; /health, /metrics)") for router in routers),
         *(("grpc", f"{router.get('grpc_url', '')}  (KServe v2)") for router in routers),
         ("start", _steps(start_up)),
@@ -133,11 +136,20 @@ def _worker(plan: WorkerPlan, facts: UnitFacts) -> str:
     return "  ".join(parts)
 
 
+def _links(links: Mapping[tuple[str, str], str]) -> str:
+    """Who sends KV to whom, by what."""
+    by_transport: dict[str, list[str]] = {}
+    for (sender, receiver), transport in links.items():
+        by_transport.setdefault(transport, []).append(f"{sender} to {receiver}")
+    return "\n".join(f"{', '.join(pairs)} by {transport}" for transport, pairs in by_transport.items())
+
+
 def _notes(config: Config) -> list[str]:
     is_loopback = config.router.host in ("localhost", "::1") or config.router.host.startswith("127.")
     if is_loopback or config.router.api_key_file is not None:
         return []
-    return [f"whoever can reach {config.router.host} may use this server; see --api-key-file"]
+    where = "the routers' nodes" if config.router.host == OWN_ADDRESS else config.router.host
+    return [f"whoever can reach {where} may use this server; see --api-key-file"]
 
 
 def _steps(start_up: StartUp) -> str:

@@ -18,6 +18,7 @@ from cluster import guardian, process_tree, topology
 from cluster.banner import StartUp, UnitFacts, banner
 from cluster.console import Console
 from cluster.host import LogLine, Report
+from cluster.kv_links import KVLinks
 from cluster.restart import RestartPolicy
 from cluster.run_dir import RunDir
 from cluster.site import OWN_ADDRESS
@@ -29,6 +30,9 @@ _BROKEN_GRACE_S: Final = 0.5
 _ORPHAN_S: Final = 1.0
 """An orphan needs a moment to die, and a child's own watcher a moment to notice."""
 _CAN_DECODE: Final = ("decode", "mixed")
+_CAN_SEND: Final = ("prefill", "mixed")
+_INTRODUCTION_S: Final = 5.0
+"""How long the greeting waits to know how KV travels."""
 
 
 class Supervisor:
@@ -71,6 +75,7 @@ class Supervisor:
         """Those that run; workers once they are ready."""
         self._ports = {name: self._wanted_ports(index) for name, index in self._routers.items()}
         self._fleet: dict[str, str] = {}
+        self._links = KVLinks()
         self._facts = {name: UnitFacts() for name in self._ready}
 
     async def run(self) -> None:
@@ -126,15 +131,17 @@ class Supervisor:
             reasons = "; ".join(f"{name} does not serve: {why}" for name, why in self._why_not_serving.items())
             why = f"{missing} not ready" if missing else reasons
             raise StartFailed(f"not ready after {limit_s:g} s (cluster.startup_timeout_s): {why}") from None
+        await self._links.wait_until_known(_INTRODUCTION_S)
         self._start_up.finish()
         workers, logs = list(self._workers.values()), str(self._run.logs)
         self._console.greet(
-            banner(self._config, self._model, workers, self._facts, self._start_up, logs),
+            banner(self._config, self._model, workers, self._facts, self._links.transports(), self._start_up, logs),
             model=self._model.name,
             ready_s=self._start_up.total_s,
             steps={step.name: [step.begin_s, step.end_s] for step in self._start_up.steps},
             router=self._router_reports().get(ROUTER),
             routers=self._router_reports(),
+            kv_links=[[sender, receiver, how] for (sender, receiver), how in self._links.transports().items()],
             logs=logs,
         )
         self._write_state()
@@ -231,7 +238,7 @@ class Supervisor:
         await self._is_open.wait()
         start = topology.worker_start(name, secrets.token_hex(8))
         order = self._orders.worker(self._workers[name], start)
-        return await self._launcher.start_unit(order, lambda report: None, self._on_log)
+        return await self._launcher.start_unit(order, lambda report: self._on_worker(name, report), self._on_log)
 
     def _on_up(self, name: str, unit: Unit, reports: dict[str, dict[str, Any]]) -> None:
         is_restart = self._ready[name].is_set()
@@ -246,6 +253,7 @@ class Supervisor:
             facts.incarnation = unit.state.order.processes[0].spec["incarnation"]
             self._fleet[name] = str(reports[topology.FRONT]["address"])
             self._tell_fleet()
+            self._introduce(name)
         self._write_state()
         if is_restart:
             self._console.say(f"{name} is back", unit=name)
@@ -256,6 +264,7 @@ class Supervisor:
         if name in self._routers:
             self._is_serving[name].clear()
         elif self._fleet.pop(name, None) is not None:
+            self._links.forget(name)
             self._tell_fleet()
         self._write_state()
 
@@ -265,6 +274,34 @@ class Supervisor:
         for name in names or self._routers:
             if (router := self._units.get(name)) is not None:
                 router.tell(name, {"event": "fleet", "workers": workers})
+
+    def _introduce(self, newcomer: str) -> None:
+        """Have the ranks that may send KV to a worker, or to others from it, connect before a request needs it."""
+        peers = {name: self._peer(name) for name in self._fleet if self._workers[name].role in _CAN_DECODE}
+        for sender in self._fleet:
+            wanted = [newcomer] if sender != newcomer else list(peers)
+            found = [peers[name] for name in wanted if name in peers and name != sender and peers[name][2]]
+            if found and self._workers[sender].role in _CAN_SEND:
+                self._links.expect(sender, [str(name) for name, _, _ in found], self._workers[sender].tp_size)
+                for rank in range(self._workers[sender].tp_size):
+                    self._units[sender].tell(f"rank {rank}", {"event": "peers", "peers": found})
+
+    def _peer(self, name: str) -> tuple[str, str | None, list[Any]]:
+        """A worker as worker.codec.unpack_peer reads it."""
+        facts = self._facts[name]
+        return name, facts.incarnation, list((facts.reports or {})[topology.FRONT].get("transfer", ()))
+
+    def _on_worker(self, name: str, report: Report) -> None:
+        if (
+            report.event == "link"
+            and report.fields["incarnation"] == self._facts[report.fields["worker_id"]].incarnation
+        ):
+            peer, transport, reason = (str(report.fields[key]) for key in ("worker_id", "transport", "reason"))
+            self._links.heard(name, report.process, peer, transport)
+            if not transport and peer in self._fleet and self._start_up.is_finished:
+                self._console.say(f"{name} has lost its KV link to {peer}: {reason}", "warning", unit=name)
+            elif not transport:
+                self._console.say(f"{name} can not send KV to {peer}: {reason}", "warning", unit=name)
 
     def _on_router(self, name: str, report: Report) -> None:
         if report.event == "serving":

@@ -229,7 +229,7 @@ class Orders:
             log_level=self._config.log_level,
         )
         name = router_name(index)
-        process = ProcessOrder(ROUTER, (self._modules.router,), specs.to_json(spec), f"{name}.log")
+        process = ProcessOrder(name, (self._modules.router,), specs.to_json(spec), f"{name}.log")
         return UnitOrder(name, ROUTER_ROLE, (Place((process,), cpus=0.0),), "listening")
 
     def _front(self, plan: WorkerPlan, start: Start) -> ProcessOrder:

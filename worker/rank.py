@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import zmq
@@ -24,6 +25,7 @@ from engine.engine import LocalEngine
 from engine.types import EngineConfig, Runner
 from kvtransfer.api import EndpointConfig, TransferEndpoint
 from kvtransfer.endpoint import make_endpoint
+from worker import codec
 from worker.channel import Channel, endpoint
 from worker.follower import Follower
 from worker.group import Group, GroupRunner
@@ -49,6 +51,28 @@ class _Signals:
         os.eventfd_write(self.wake_fd, 1)
 
 
+class _Introductions:
+    """Connects this rank to the workers that the supervisor names, and reports the links.
+
+    {"event": "peers", "peers": [codec.pack_peer(..), ..]} comes only after this rank has said that it is ready.
+    """
+
+    def __init__(self, link: ParentLink) -> None:
+        self._link = link
+        self._transfers: TransferEndpoint | None = None
+
+    def begin(self, transfers: TransferEndpoint) -> None:
+        """From here on there is something to connect."""
+        self._transfers = transfers
+        transfers.set_on_link(lambda report: self._link.report("link", **asdict(report)))
+
+    def on_message(self, message: dict[str, Any]) -> None:
+        """The supervisor said something. On the thread that listens to it."""
+        if message["event"] == "peers" and self._transfers is not None:
+            for packed in message["peers"]:
+                self._transfers.connect(codec.unpack_peer(packed))
+
+
 class _StepTimer:
     def __init__(self) -> None:
         self.timings: dict[str, float] = {}
@@ -71,7 +95,8 @@ def main(roles: dict[str, RolePolicy]) -> None:
     signals = _Signals()
     signal.signal(signal.SIGTERM, signals.stop)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the supervisor decides what Ctrl-C means
-    link.watch(lambda _: None, signals.stop)
+    introductions = _Introductions(link)
+    link.watch(introductions.on_message, signals.stop)
     timer = _StepTimer()
     try:
         with timer.step("load_model"):
@@ -81,6 +106,7 @@ def main(roles: dict[str, RolePolicy]) -> None:
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         fail_start(link, error)
     transfers.set_wakeup(signals.wake)
+    introductions.begin(transfers)
     if spec.cores:
         os.sched_setaffinity(0, spec.cores)  # this thread, the engine's; the transfer thread may run elsewhere
     _tune_interpreter()

@@ -11,8 +11,10 @@ from kvtransfer.api import (
     EndpointStats,
     Failed,
     Granted,
+    LinkReport,
     ManifestReceived,
     PeerRank,
+    PeerWorker,
     Quiesced,
     Received,
     Refused,
@@ -124,6 +126,12 @@ class DirectEndpoint:
         return events
 
     def set_wakeup(self, wake: Callable[[], None]) -> None:
+        pass
+
+    def connect(self, peer: PeerWorker) -> None:
+        pass
+
+    def set_on_link(self, on_link: Callable[[LinkReport], None]) -> None:
         pass
 
     def stats(self) -> EndpointStats:

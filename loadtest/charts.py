@@ -5,10 +5,10 @@ Legends are HTML beside the drawing, so that no label can lie on another.
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import Final
 
 WIDTH: Final = 560
@@ -119,14 +119,14 @@ def line_chart(title: str, x: Axis, y: Axis, curves: Sequence[Curve], marks: Seq
             lower = [f"{_x(x, at):.1f},{_y(y, low):.1f}" for at, low, _ in reversed(curve.band)]
             parts.append(f'<polygon class="f{curve.colour}" opacity="0.15" points="{" ".join(upper + lower)}"/>')
         points = " ".join(f"{_x(x, at):.1f},{_y(y, value):.1f}" for at, value in curve.points)
-        tip = f"<title>{html.escape(curve.name)}</title>"
+        tip = f"<title>{escape(curve.name)}</title>"
         parts.append(f'<polyline class="curve k{curve.colour} s{curve.style}" points="{points}">{tip}</polyline>')
         for at, value in curve.points if curve.has_dots else ():
-            tip = f"<title>{html.escape(f'{curve.name}: {x.text(at)}, {y.text(value)}')}</title>"
+            tip = f"<title>{escape(f'{curve.name}: {x.text(at)}, {y.text(value)}')}</title>"
             parts.append(
                 f'<circle class="f{curve.colour}" cx="{_x(x, at):.1f}" cy="{_y(y, value):.1f}" r="3.5">{tip}</circle>'
             )
-    drawing = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(title)}">{"".join(parts)}</svg>'
+    drawing = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
     named = [(curve.name, curve.colour, curve.style) for curve in curves]
     return figure(title, drawing, legend(named))
 
@@ -150,27 +150,27 @@ def stacked_bars(title: str, x: Axis, stacks: Sequence[Stack], names: Sequence[t
         at = _x(x, tick)
         parts.append(f'<line class="grid" x1="{at:.1f}" x2="{at:.1f}" y1="{_TOP}" y2="{height - _BOTTOM}"/>')
         parts.append(
-            f'<text x="{at:.1f}" y="{height - _BOTTOM + 17}" text-anchor="middle">{html.escape(x.text(tick))}</text>'
+            f'<text x="{at:.1f}" y="{height - _BOTTOM + 17}" text-anchor="middle">{escape(x.text(tick))}</text>'
         )
     parts.append(
-        f'<text x="{(_LEFT + WIDTH - _RIGHT) / 2}" y="{height - 6}" text-anchor="middle">{html.escape(x.label)}</text>'
+        f'<text x="{(_LEFT + WIDTH - _RIGHT) / 2}" y="{height - 6}" text-anchor="middle">{escape(x.label)}</text>'
     )
     for place, stack in enumerate(stacks):
         top = _TOP + place * row
-        parts.append(f'<text x="{_LEFT - 8}" y="{top + 20}" text-anchor="end">{html.escape(stack.name)}</text>')
+        parts.append(f'<text x="{_LEFT - 8}" y="{top + 20}" text-anchor="end">{escape(stack.name)}</text>')
         begin = 0.0
         for name, length in stack.parts:
             parts.append(_bar(x, begin, length, top + 4, 22, colours[name], f"{name} {x.text(length)}"))
             begin += length
         for begin_beneath, length, colour, name in stack.beneath:
             parts.append(_bar(x, begin_beneath, length, top + 28, 9, colour, f"{name} {x.text(length)}"))
-    drawing = f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{html.escape(title)}">{"".join(parts)}</svg>'
+    drawing = f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
     return figure(title, drawing, legend([(name, colour, 0) for name, colour in names]))
 
 
 def figure(title: str, drawing: str, below: str = "") -> str:
     """A framed drawing with a heading."""
-    return f"<figure><figcaption>{html.escape(title)}</figcaption>{drawing}{below}</figure>"
+    return f"<figure><figcaption>{escape(title)}</figcaption>{drawing}{below}</figure>"
 
 
 def legend(named: Sequence[tuple[str, int, int]]) -> str:
@@ -178,7 +178,7 @@ def legend(named: Sequence[tuple[str, int, int]]) -> str:
     items = []
     for name, colour, style in named:
         line = f'<svg viewBox="0 0 26 10" class="key"><line class="curve k{colour} s{style}" x1="1" x2="25" y1="5" y2="5" stroke-width="3"/></svg>'
-        items.append(f"<li>{line}{html.escape(name)}</li>")
+        items.append(f"<li>{line}{escape(name)}</li>")
     return f'<ul class="legend">{"".join(items)}</ul>'
 
 
@@ -186,7 +186,7 @@ def _bar(x: Axis, begin: float, length: float, top: float, height: int, colour: 
     left, right = _x(x, begin), _x(x, begin + length)
     return (
         f'<rect class="f{colour}" x="{left:.1f}" y="{top}" width="{max(0.0, right - left):.1f}" height="{height}">'
-        f"<title>{html.escape(tip)}</title></rect>"
+        f"<title>{escape(tip)}</title></rect>"
     )
 
 
@@ -196,17 +196,17 @@ def _frame(x: Axis, y: Axis) -> str:
     for tick in x.ticks():
         at = _x(x, tick)
         parts.append(f'<line class="grid" x1="{at:.1f}" x2="{at:.1f}" y1="{_TOP}" y2="{bottom}"/>')
-        parts.append(f'<text x="{at:.1f}" y="{bottom + 17}" text-anchor="middle">{html.escape(x.text(tick))}</text>')
+        parts.append(f'<text x="{at:.1f}" y="{bottom + 17}" text-anchor="middle">{escape(x.text(tick))}</text>')
     for tick in y.ticks():
         at = _y(y, tick)
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{right}" y1="{at:.1f}" y2="{at:.1f}"/>')
-        parts.append(f'<text x="{_LEFT - 7}" y="{at + 4:.1f}" text-anchor="end">{html.escape(y.text(tick))}</text>')
+        parts.append(f'<text x="{_LEFT - 7}" y="{at + 4:.1f}" text-anchor="end">{escape(y.text(tick))}</text>')
     parts.append(f'<line class="axis" x1="{_LEFT}" x2="{right}" y1="{bottom}" y2="{bottom}"/>')
-    parts.append(f'<text x="{(_LEFT + right) / 2}" y="{HEIGHT - 6}" text-anchor="middle">{html.escape(x.label)}</text>')
+    parts.append(f'<text x="{(_LEFT + right) / 2}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x.label)}</text>')
     middle = (_TOP + bottom) / 2
     if y.label:
         parts.append(
-            f'<text transform="translate(13 {middle}) rotate(-90)" text-anchor="middle">{html.escape(y.label)}</text>'
+            f'<text transform="translate(13 {middle}) rotate(-90)" text-anchor="middle">{escape(y.label)}</text>'
         )
     return "".join(parts)
 

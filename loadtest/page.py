@@ -27,6 +27,7 @@ _TRANSFER_COLOURS: Final = (("transfer, hidden", 3), ("transfer, exposed", 7))
 _STYLE: Final = (
     charts.STYLE
     + """
+html { color-scheme:light dark; }
 * { box-sizing:border-box; }
 body { margin:0 auto; padding:24px; max-width:1240px; background:var(--bg); color:var(--ink);
   font:15px/1.45 system-ui,sans-serif; }
@@ -236,7 +237,9 @@ def _quantile(values: dict[str, Any], name: str) -> str:
     low, high = values["ci95"][name]
     if low is None or high is None:
         return charts.seconds(values[name])
-    return f"{charts.seconds(values[name])}<small>{charts.seconds(low)} – {charts.seconds(high)}</small>"
+    shown = charts.seconds(values[name])
+    size = {"s": 1.0, "ms": 1e-3, "us": 1e-6}.get(shown.rpartition(" ")[2], 1.0)
+    return f"{shown}<small>{low / size:.3g}–{high / size:.3g}</small>"
 
 
 def _lag(run: Run) -> str:

@@ -113,7 +113,7 @@ def whole(
     return {
         "format": FORMAT,
         "label": label,
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "created": now(),
         "command": command,
         "machine": machine(),
         "target": {**described, "prompts": "ids" if target.alphabet else "text"},
@@ -124,6 +124,11 @@ def whole(
         "request_fields": list(REQUEST_FIELDS),
         "runs": list(runs),
     }
+
+
+def now() -> str:
+    """The date and time, to the second, in UTC."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def machine() -> dict[str, Any]:

@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PROTO_VENV := .venv-protos
 PIP := -q --disable-pip-version-check
 
-.PHONY: setup serve fmt check check-protos test protos lines bench-engine bench-transfer simulate clean
+.PHONY: setup serve fmt check check-protos test protos lines bench-engine bench-transfer bench-handover simulate clean
 
 serve: $(VENV)/.runtime            ## create the environment, install, serve the demo model (ARGS="..." goes to `baton serve`)
 	@exec $(BIN)/baton serve $(ARGS)
@@ -37,6 +37,9 @@ check-protos: $(PROTO_VENV)/.done
 
 bench-transfer: $(VENV)/.dev       ## KV transfer beside a bare copy and a bare TCP loop; status 1 where a target is missed
 	@$(BIN)/python -m bench.transfer --check $(ARGS)
+
+bench-handover: $(VENV)/.dev       ## P7 in a real 1P1D cluster: exposed transfer and hand-over of every request; status 1 as above
+	@$(BIN)/python -m bench.handover --check $(ARGS)
 
 lines: ## sizes per file, largest first
 	@git ls-files '*.py' | grep -v _pb2 | xargs wc -l | sort -rn | head -60

@@ -97,7 +97,7 @@ class Timeline:
         `transfer` = from the first KV byte that the decode side takes until that side is runnable: all ranks hold
         every byte, verified, and the manifest. `transfer_exposed` = decode side runnable - first token sampled, at
         least 0; `transfer_hidden` = the rest of it, which the prefill covered.
-        `handover` = gap between tokens 1 and 2, minus one median decode step, at least 0.
+        `step` = the median gap between tokens after the second; `handover` = gap between tokens 1 and 2, minus that.
         """
         start = self.moments.get(self.prefill_worker or self.decode_worker, {})
         decode = self.moments.get(self.decode_worker, {})
@@ -113,6 +113,7 @@ class Timeline:
             "decode": _gap(self.first_token, self.last_token),
             "ttft": _gap(self.arrived, self.first_token),
             "tpot": None,
+            "step": None,
             "total": _gap(self.arrived, self.finished),
         }
         if self.prefill_worker and ended is not None and "runnable" in decode:
@@ -122,9 +123,10 @@ class Timeline:
             parts["transfer_hidden"] = None if transfer is None else max(0.0, transfer - exposed)
         if self.intervals:
             parts["tpot"] = sum(self.intervals) / len(self.intervals)
+            if len(self.intervals) > 1:
+                parts["step"] = statistics.median(self.intervals[1:])
             if self.prefill_worker:
-                step = statistics.median(self.intervals[1:]) if len(self.intervals) > 1 else 0.0
-                parts["handover"] = max(0.0, self.intervals[0] - step)
+                parts["handover"] = max(0.0, self.intervals[0] - (parts["step"] or 0.0))
         return {f"{name}_ms": None if value is None else round(value * 1e3, 3) for name, value in parts.items()}
 
     def summary(self) -> dict[str, Any]:

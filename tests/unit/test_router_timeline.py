@@ -36,6 +36,7 @@ def test_the_waterfall_adds_up() -> None:
         "decode_ms": 17.0,
         "ttft_ms": 12.5,
         "tpot_ms": 5.667,
+        "step_ms": 5.0,
         "total_ms": 30.0,
     }
     assert (finished().num_cached_tokens, finished().num_reused_tokens) == (16, 32)

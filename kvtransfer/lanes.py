@@ -19,6 +19,8 @@ _NO_DIGEST: Final = bytes(DIGEST_BYTES)
 _MAX_CACHED_SOURCES: Final = 16
 _FIRST_FRAME_BYTES: Final = 512 * 1024
 """Frames grow with what has been sent, so that the receiver starts early and has few frames to handle later."""
+_GROWTH: Final = 3
+"""Frames grow so fast: about as much faster as a sender makes a digest than a receiver copies."""
 _WINDOW_PARTS: Final = 4
 """A receiver returns credit when a quarter of the window is consumed; a sender's frame takes at most half of it."""
 
@@ -112,7 +114,7 @@ class SendLane:
         if not self._ready or plan is None or runs is None:
             return None
         limit_bytes = min(FETCHED_FRAME_BYTES if name_blocks else FRAME_BYTES, self._window_bytes // 2)
-        max_bytes = min(limit_bytes, max(_FIRST_FRAME_BYTES, 2 * self.bytes_sent))
+        max_bytes = min(limit_bytes, max(_FIRST_FRAME_BYTES, _GROWTH * self.bytes_sent))
         layer = next(iter(self._ready))
         first, limit = self._sent_tokens[layer], sendable(layer)
         end = plan.frame_end(layer, first, limit, max_bytes)

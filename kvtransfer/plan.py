@@ -35,7 +35,7 @@ FETCHED_FRAME_BYTES: Final = 8 * 1024 * 1024
 """The same where the receiver fetches the bytes: nothing waits behind them on the connection."""
 
 HASH_BYTES: Final = 256 * 1024
-"""Bytes are copied and hashed in pieces that stay in a core's own cache in between."""
+"""Where there is no native code, bytes are copied and hashed in pieces that stay in a core's own cache in between."""
 
 _MAX_CACHED_RANGES: Final = 256
 

@@ -7,6 +7,7 @@ import logging
 import os
 import socket
 import tempfile
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ import pytest
 
 from baton.clock import ManualClock
 from baton.kv_layout import KVGeometry, KVLayout, LayerSpec, ModelKV
+from kvtransfer import arrival, link, pool
 from kvtransfer.api import (
     Completed,
     EndpointConfig,
@@ -34,6 +36,7 @@ from kvtransfer.api import (
 from kvtransfer.connection import HANDSHAKE_S
 from kvtransfer.endpoint import Endpoint
 from kvtransfer.messages import Data, Reserve
+from kvtransfer.native.library import Library, library
 from kvtransfer.pool import data_digest
 from tests.support.transfer import (
     MODEL,
@@ -162,6 +165,23 @@ def test_every_byte_arrives_between_any_geometries(
     stats = destination.leader.endpoint.stats()
     assert stats.transports == {f"p#{rank}": lab.transport for rank in range(len(stats.transports))}
     assert stats.frames_verified > 0
+
+
+@pytest.mark.parametrize("native_side", ["neither", "p", "d"])
+def test_native_code_and_python_packages_understand_each_other(
+    lab: Lab, native_side: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = library()
+
+    def on_this_side() -> Library | None:
+        return here if threading.current_thread().name.startswith(f"kvtransfer-{native_side}-") else None
+
+    for module in (arrival, link, pool):
+        monkeypatch.setattr(module, "library", on_this_side)
+    source, destination = lab.worker("p", tp_size=2), lab.worker("d", block_size=32)
+    transfer(source, destination)
+    assert_quiet(source, destination)
+    assert destination.leader.endpoint.stats().frames_verified > 0
 
 
 def test_ranks_that_replicate_a_head_share_the_work_and_unneeded_ones_send_nothing(lab: Lab) -> None:

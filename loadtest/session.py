@@ -17,7 +17,8 @@ from loadtest.request_traces import RequestTraces
 from loadtest.workload import Workload
 
 LEVELS: Final = (0.9, 0.99)
-_MAX_DOUBLINGS: Final = 12
+_HIGHEST: Final = 4096.0  # times the first rate
+_LOWEST: Final = 1 / 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +78,8 @@ async def search(
     """For each level of attainment the crossing, by doubling or halving and then bisection of the rate's logarithm.
 
     `rate` is interpolated linearly in the last bracket `between`, whose ends differ by at most `tolerance` of the
-    lower one. It is None where not even a very small rate reaches the level; the upper end is None where a very
-    large rate still does. Probes are shared between levels.
+    lower one. It is None where a 64th of the first rate does not reach the level; the upper end is None where 4,096
+    times that rate still does. Probes are shared between levels.
     """
     known: dict[float, float] = {}
 
@@ -90,13 +91,9 @@ async def search(
     await probe(first_rate)
     out = []
     for level in sorted(levels):
-        for _ in range(_MAX_DOUBLINGS):
-            if min(known.values()) < level:
-                break
+        while min(known.values()) >= level and max(known) < first_rate * _HIGHEST:
             await probe(max(known) * 2)
-        for _ in range(_MAX_DOUBLINGS):
-            if max(known.values()) >= level:
-                break
+        while max(known.values()) < level and min(known) > first_rate * _LOWEST:
             await probe(min(known) / 2)
         low, high = bracket(known, level)
         while low is not None and high is not None and high > low * (1 + tolerance):

@@ -310,13 +310,19 @@ def _html(plan: dict[str, Any], parts: Sequence[tuple[str, grid.Runs]]) -> str:
         body.append('<div class="charts">' + "".join(_cell_chart(cell) for cell in levels[0][1]) + "</div>")
         body.append(f"<h2>{escape(name)}: gaps between tokens</h2>")
         heads, rows = _gap_rows(runs)
-        body += [page.table(heads, [[escape(cell) for cell in row] for row in rows]), _gap_chart(runs)]
+        body += [page.table(heads, [[_small_range(cell) for cell in row] for row in rows]), _gap_chart(runs)]
     return page.document("Baton bench compare", "\n".join(body))
 
 
 def _coloured(row: Sequence[str]) -> list[str]:
     kind = {"loses": "bad", "wins": "good"}.get(row[-1], "dim")
-    return [*(escape(cell) for cell in row[:-1]), f'<span class="{kind}">{row[-1]}</span>']
+    return [*(_small_range(cell.replace("), ", "; ")) for cell in row[:-1]), f'<span class="{kind}">{row[-1]}</span>']
+
+
+def _small_range(cell: str) -> str:
+    """The range in parentheses below its number."""
+    value, separator, rest = cell.partition(" (")
+    return f"{escape(value)}<small>{escape(rest.rstrip(')'))}</small>" if separator else escape(cell)
 
 
 def _cell_chart(cell: grid.Cell) -> str:

@@ -40,7 +40,7 @@ table { border-collapse:collapse; font-variant-numeric:tabular-nums; font-size:1
 th, td { padding:5px 9px; text-align:right; border-bottom:1px solid var(--grid); white-space:nowrap; }
 th { color:var(--dim); font-weight:600; vertical-align:bottom; } td:first-child, th:first-child { text-align:left; }
 td small { color:var(--dim); display:block; }
-.charts { display:grid; grid-template-columns:repeat(auto-fit, minmax(min(100%, 480px), 1fr)); gap:18px; }
+.charts { display:grid; grid-template-columns:repeat(auto-fill, minmax(min(100%, 480px), 1fr)); gap:18px; }
 figure { margin:0; padding:12px; background:var(--panel); border-radius:8px; }
 figcaption { font-weight:600; margin-bottom:6px; }
 .legend { list-style:none; display:flex; flex-wrap:wrap; gap:4px 16px; padding:0; margin:6px 0 0; font-size:13px; }

@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PROTO_VENV := .venv-protos
 PIP := -q --disable-pip-version-check
 
-.PHONY: setup serve fmt check check-protos test protos lines bench-engine bench-transfer bench-handover simulate clean
+.PHONY: setup serve fmt check check-protos test protos lines bench-engine bench-transfer bench-handover simulate ray-up-test clean
 
 serve: $(VENV)/.runtime            ## create the environment, install, serve the demo model (ARGS="..." goes to `baton serve`)
 	@exec $(BIN)/baton serve $(ARGS)
@@ -67,6 +67,9 @@ $(PROTO_VENV)/.done: Makefile
 	$(PYTHON) -m venv $(PROTO_VENV)
 	$(PROTO_VENV)/bin/pip install $(PIP) 'grpcio-tools==1.76.0' 'setuptools<81'
 	@touch $@
+
+ray-up-test: $(VENV)/.dev          ## a real `ray up` on hosts made of namespaces (root; Debian's openssh-server, iproute2, rsync)
+	BATON_RAY_UP=long $(BIN)/python -m pytest -s -q tests/ray/test_ray_up.py $(ARGS)
 
 simulate: $(VENV)/.dev             ## SEEDS=n simulated runs (MODE=safety or liveness), or one SEED=s; status 1 on a violation
 	@$(BIN)/python -m tests.simulation.run $(if $(SEED),--seed $(SEED)) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(MODE),--mode $(MODE)) $(ARGS)

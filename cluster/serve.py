@@ -85,7 +85,7 @@ def _build(request: Request, console: Console) -> Supervisor:
     launcher: Launcher = local
     if config.cluster.launcher == "ray":
         num_cpus = sum(plan.tp_size for plan in workers) * config.engine.threads_per_rank
-        home = Home(request.run.run_id, version.code_digest(), model.source)
+        home = Home(request.run.run_id, "" if is_one_machine else version.code_digest(), model.source)
         launcher = RayLauncher(request.run, home, _cluster(config, console), num_cpus)
     start_up.add("configuration", 0.0)
     request.run.write_state(token=auth.worker_token(secret), model=model.name)

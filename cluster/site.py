@@ -32,7 +32,7 @@ class Home:
 
     run_id: str
     code: str
-    """version.code_digest() of the supervisor's node."""
+    """version.code_digest() of the supervisor's node; "": this is the only node."""
     model_source: str | None
     """What the node resolves to a directory of its own (ModelChoice.source); None: no model."""
 
@@ -97,7 +97,8 @@ def join(home: Home, address: str) -> Site:
     Raises:
         SiteError: as `survey`.
     """
-    _check_code(home.code)
+    if home.code:
+        _check_code(home.code)
     model_path = _find_model(home.model_source)
     try:
         return Site(address, run_dir.join(home.run_id), model_path)

@@ -298,10 +298,8 @@ class Supervisor:
         ):
             peer, transport, reason = (str(report.fields[key]) for key in ("worker_id", "transport", "reason"))
             self._links.heard(name, report.process, peer, transport)
-            if not transport and peer in self._fleet and self._start_up.is_finished:
-                self._console.say(f"{name} has lost its KV link to {peer}: {reason}", "warning", unit=name)
-            elif not transport:
-                self._console.say(f"{name} can not send KV to {peer}: {reason}", "warning", unit=name)
+            if not transport and peer in self._fleet and not self._stop.is_set():
+                self._console.say(f"{name} has no KV link to {peer}: {reason}", "warning", unit=name)
 
     def _on_router(self, name: str, report: Report) -> None:
         if report.event == "serving":

@@ -25,9 +25,16 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
         pytest.skip("needs root, unshare and ip for a namespace of its own")
     lab = ["unshare", "--net", "--pid", "--fork", "--kill-child", "--mount", "--mount-proc", "sh", "-c", _SET_UP, "lab"]
     inner = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", pyfuncitem.nodeid]
+    is_shown = pyfuncitem.config.getoption("capture") == "no"
     done = subprocess.run(
-        [*lab, *inner], cwd=pyfuncitem.config.rootpath, env={**os.environ, _INSIDE: "1"}, capture_output=True, text=True
+        [*lab, *inner, *(["-s"] if is_shown else [])],
+        cwd=pyfuncitem.config.rootpath,
+        env={**os.environ, _INSIDE: "1"},
+        capture_output=not is_shown,
+        text=True,
     )
+    if done.returncode != 0 and is_shown:
+        pytest.fail("see above", pytrace=False)
     if done.returncode != 0:
         pytest.fail(done.stdout + done.stderr, pytrace=False)
     return True

@@ -81,14 +81,14 @@ class TopologySection(_Section):
 class TransferSection(_Section):
     """KV between workers."""
 
-    transports: tuple[Literal["shm", "tcp"], ...] = ("shm", "tcp")  # in order of preference
+    transports: tuple[Literal["shm", "nixl", "tcp"], ...] = ("shm", "tcp")  # in order of preference
     credit_bytes: int = Field(default=32 * 2**20, ge=2**16)
     lease_s: float = Field(default=10.0, gt=0.1)
 
     @model_validator(mode="after")
     def _tcp_is_the_fallback(self) -> TransferSection:
         if not self.transports:
-            raise ValueError("transports must name at least one of shm, tcp")
+            raise ValueError("transports must name at least one of shm, nixl, tcp")
         return self
 
 
@@ -147,6 +147,10 @@ class Config(_Section):
             raise ValueError("engine.device: cuda is not supported by this version; use cpu")
         if self.model.quantization is not None and self.engine.kind == "sim":
             raise ValueError("model.quantization: the simulated engine has no weights to quantize")
+        if self.is_encrypted and "nixl" in self.transfer.transports:
+            raise ValueError(
+                "transfer.transports: nixl does not encrypt; leave it out, or set cluster.encryption: none"
+            )
         if self.cluster.address is not None and self.cluster.launcher != "ray":
             raise ValueError("cluster.address needs cluster.launcher: ray")
         if self.router.host == "node" and self.cluster.address is None:

@@ -146,7 +146,7 @@ class EndpointStats:
     integrity_failures: int
     stale_frames_dropped: int
     transports: dict[str, str]
-    """Peer rank -> "tcp" | "tcp+tls" | "shm" | "local"."""
+    """Peer rank -> "tcp" | "tcp+tls" | "shm" | "nixl" | "local"."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,7 +245,7 @@ class EndpointConfig:
     unix_dir: str = ""
     """Private directory for the Unix socket; "" turns shared memory off."""
     transports: tuple[str, ...] = ("shm", "tcp")
-    """In order of preference. "tcp+tls" needs `identity`, and excludes "tcp": they would listen on one address."""
+    """In order of preference. "tcp+tls" needs `identity` and excludes "tcp" and "nixl", which do not encrypt."""
     identity: ClusterIdentity | None = None
     credit_bytes: int = 32 * 2**20
     """Receiver: most bytes of one transfer that one source rank may have under way."""

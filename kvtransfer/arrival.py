@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Sequence
 from typing import Final
 
 from kvtransfer.faults import FaultHook
 from kvtransfer.lanes import Landing
 from kvtransfer.messages import Data
 from kvtransfer.native.library import library
+from kvtransfer.plan import Part
 from kvtransfer.pool import Digest, Extents, Pool, address_of, copy, seal
 
 
@@ -72,13 +74,11 @@ class Arrival:
         if self._digest is not None:
             self._digest.take(num_bytes)
 
-    def fetch(self, source: Pool) -> None:
-        """Copy all bytes from the sender's pool."""
-        parts, num_bytes = self.landing.source_parts, self.landing.num_bytes
-        assert parts is not None
-        fro = Extents(source, parts, num_bytes)
+    def fetch(self, source: Pool, parts: Sequence[Part]) -> None:
+        """Copy all bytes from `parts` of another pool."""
+        fro = Extents(source, parts, self.landing.num_bytes)
         if self._faults is None:
             copy(self.extents, fro, self._digest)
         else:
             copy(self.extents, fro, None)
-            self.landed(num_bytes)
+            self.landed(self.landing.num_bytes)

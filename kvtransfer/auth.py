@@ -3,7 +3,7 @@
     connecting side (sends KV)                     accepting side (receives KV)
     Hello(versions, nonce, me, whom I expect)  ->
                                                <-  Challenge(version, nonce, me, HMAC "acceptor")
-    Proof(HMAC "connector", layout)            ->
+    Proof(HMAC "connector", layout, exposed)   ->
                                                <-  Welcome(HMAC "welcome", layout)
     and from either side, at any point: Goodbye(code, reason)
 
@@ -103,20 +103,31 @@ class _Keys:
         return Session(peer, plan, verify, self.derive(b"digest context")[:16], send, receive)
 
 
-def _proof_extra(layout: bytes, verify: bool) -> bytes:
-    return bytes([verify]) + layout
+def _proof_extra(layout: bytes, verify: bool, exposed: bytes = b"") -> bytes:
+    return bytes([verify]) + len(exposed).to_bytes(4, "little") + exposed + layout
 
 
 class Connector:
     """The connecting side's handshake. Raises Refusal (tell the peer, close) or ProtocolError (close)."""
 
     def __init__(
-        self, secret: bytes, me: LinkKey, layout: KVLayout, peer: LinkKey, transport: str, nonce: bytes, *, verify: bool
+        self,
+        secret: bytes,
+        me: LinkKey,
+        layout: KVLayout,
+        peer: LinkKey,
+        transport: str,
+        nonce: bytes,
+        *,
+        verify: bool,
+        exposed: bytes = b"",
     ) -> None:
+        """`exposed`: how the peer may read this rank's pool, where the transport needs it."""
         self._secret = secret
         self._layout = layout
         self._peer = peer
         self._verify = verify
+        self._exposed = exposed
         self._keys: _Keys | None = None
         self.hello: Final = Hello(MIN_VERSION, MAX_VERSION, nonce, *me, *peer, transport)
         self.session: Session | None = None
@@ -131,8 +142,8 @@ class Connector:
             self._keys = _Keys(self._secret, self.hello, message)
             self._keys.check(message.mac, b"acceptor")
             layout = encode_layout(self._layout)
-            mac = self._keys.derive(b"connector", _proof_extra(layout, self._verify))
-            return Proof(mac, layout, self._verify)
+            mac = self._keys.derive(b"connector", _proof_extra(layout, self._verify, self._exposed))
+            return Proof(mac, layout, self._verify, self._exposed)
         if isinstance(message, Welcome) and self._keys is not None and self.session is None:
             self._keys.check(message.mac, b"welcome", _proof_extra(message.layout, message.verify))
             plan = _plan(self._layout, decode_layout(message.layout))
@@ -147,17 +158,20 @@ class Acceptor:
     """The accepting side's handshake. Raises Refusal (tell the peer, close) or ProtocolError (close)."""
 
     def __init__(
-        self, secret: bytes, me: LinkKey, layout: KVLayout, transport: str, nonce: bytes, *, verify: bool
+        self, secret: bytes, me: LinkKey, layout: KVLayout, transports: tuple[str, ...], nonce: bytes, *, verify: bool
     ) -> None:
+        """`transports`: what may be spoken at the address where the peer has called."""
         self._secret = secret
         self._me = me
         self._layout = layout
-        self._transport = transport
+        self._transports = transports
         self._nonce = nonce
         self._verify = verify
         self._hello: Hello | None = None
         self._keys: _Keys | None = None
         self.session: Session | None = None
+        self.exposed = b""
+        """What the peer said of its pool; authenticated once there is a session."""
 
     def receive(self, message: Message) -> Challenge | Welcome:
         """Take the peer's next message: Hello gives a Challenge, Proof gives a Welcome and sets `session`."""
@@ -171,8 +185,8 @@ class Acceptor:
         version = min(hello.max_version, MAX_VERSION)
         if version < max(hello.min_version, MIN_VERSION):
             raise Refusal(RefusalCode.VERSION, f"versions {MIN_VERSION}..{MAX_VERSION} are spoken here")
-        if hello.transport != self._transport:
-            raise Refusal(RefusalCode.TRANSPORT, f"this is a {self._transport} address")
+        if hello.transport not in self._transports:
+            raise Refusal(RefusalCode.TRANSPORT, f"this is a {' and '.join(self._transports)} address")
         if (hello.expected_worker_id, hello.expected_incarnation, hello.expected_tp_rank) != self._me:
             raise Refusal(RefusalCode.ADDRESS, "another worker answers at this address")
         self._hello = hello
@@ -184,7 +198,8 @@ class Acceptor:
         hello, keys = self._hello, self._keys
         assert hello is not None
         assert keys is not None
-        keys.check(proof.mac, b"connector", _proof_extra(proof.layout, proof.verify))
+        keys.check(proof.mac, b"connector", _proof_extra(proof.layout, proof.verify, proof.exposed))
+        self.exposed = proof.exposed
         peer = LinkKey(hello.worker_id, hello.incarnation, hello.tp_rank)
         plan = _plan(decode_layout(proof.layout), self._layout)
         _check_rank(plan.source, peer)

@@ -15,8 +15,8 @@ from kvtransfer.auth import Acceptor, Connector, LinkKey, Refusal, RefusalCode, 
 from kvtransfer.frames import Sink
 from kvtransfer.link import Link, OutgoingFrame
 from kvtransfer.messages import Goodbye, Hello, Message, ProtocolError, code_of, is_handshake
-from kvtransfer.plan import FRAME_BYTES
-from kvtransfer.transports import shm
+from kvtransfer.plan import FETCHED_FRAME_BYTES, FRAME_BYTES
+from kvtransfer.transports import nixl, shm
 from kvtransfer.transports.tls import TlsSocket
 
 HANDSHAKE_S: Final = 2.0
@@ -81,9 +81,11 @@ class Connection:
         max_control_bytes: int,
         *,
         pool_fd: int | None = None,
+        agent: nixl.Agent | None = None,
         dialling: Dialling | None = None,
     ) -> None:
-        self.transport: Final = transport
+        self.transport = transport
+        """Receiver: what the sender's Hello says, of those that its address offers."""
         self.role: Final = Role.SENDER if isinstance(handshake, Connector) else Role.RECEIVER
         self.dialling: Final = dialling
         self.deadline_s: Final = deadline_s
@@ -93,6 +95,8 @@ class Connection:
         """Receiver: the data frame whose payload is being read."""
         self.mapped: shm.MappedPool | None = None
         """Receiver on shared memory: the sender's pool."""
+        self.remote: nixl.RemotePool | None = None
+        """Receiver on NIXL: the sender's pool."""
         self.is_connecting = isinstance(handshake, Connector)
         self.is_closed = False
         self.link: Final = Link(sock, self._begin, self._end, self._pull, max_control_bytes)
@@ -101,6 +105,7 @@ class Connection:
         self._opened = opened
         self._traffic = traffic
         self._pool_fd = pool_fd
+        self._agent = agent
         self._claimed: Hello | None = None
         if self.role is Role.RECEIVER and transport == shm.NAME:
             self.link.expect_fd()
@@ -108,7 +113,7 @@ class Connection:
     @property
     def is_fetched(self) -> bool:
         """Does the receiver fetch the bytes from the sender's pool?"""
-        return self.transport == shm.NAME
+        return self.transport in (shm.NAME, nixl.NAME)
 
     @property
     def key(self) -> LinkKey:
@@ -147,6 +152,8 @@ class Connection:
         self.link.close()
         if self.mapped is not None:
             self.mapped.close()
+        if self.remote is not None:
+            self.remote.close()
 
     def _pull(self) -> OutgoingFrame | None:
         return None if self.session is None else self._traffic.pull(self)
@@ -169,10 +176,12 @@ class Connection:
         if isinstance(message, Hello):
             self._claimed = message
         reply = handshake.receive(message)
+        if isinstance(message, Hello):
+            self.transport = message.transport
         session = handshake.session
-        if isinstance(handshake, Acceptor) and session is not None and self.is_fetched:
-            self._map(session)
-        if reply is not None and isinstance(handshake, Connector) and self.is_fetched:
+        if isinstance(handshake, Acceptor) and session is not None:
+            self._open_pool(session, handshake.exposed)
+        if reply is not None and isinstance(handshake, Connector) and self.transport == shm.NAME:
             assert self._pool_fd is not None
             self.link.post_with_fd(reply, self._pool_fd)
         elif reply is not None:
@@ -182,6 +191,17 @@ class Connection:
             self.link.open(session.send_key, session.receive_key, limit)
             self.session = session
             self._opened(self)
+
+    def _open_pool(self, session: Session, exposed: bytes) -> None:
+        if self.transport == shm.NAME:
+            self._map(session)
+        elif self.transport == nixl.NAME:
+            assert self._agent is not None
+            try:
+                read_bytes = max(FETCHED_FRAME_BYTES, session.plan.max_unit_bytes)
+                self.remote = self._agent.open(exposed, nixl.agent_name(*session.peer), session.plan.source, read_bytes)
+            except nixl.UnusablePool as error:
+                raise Refusal(RefusalCode.TRANSPORT, str(error)) from error
 
     def _map(self, session: Session) -> None:
         fd = self.link.take_fd()

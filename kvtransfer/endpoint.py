@@ -27,7 +27,7 @@ from kvtransfer.messages import TRANSFER_ID_BYTES
 from kvtransfer.pool import Pool
 from kvtransfer.switchboard import Listener
 from kvtransfer.thread import TransferThread
-from kvtransfer.transports import local, shm, tcp, tls
+from kvtransfer.transports import local, nixl, shm, tcp, tls
 
 log = logging.getLogger("kvtransfer")
 
@@ -61,10 +61,13 @@ class Endpoint:
         self._unix_path = ""
         pool = Pool(config.layout, kv_buffer)
         listeners: dict[str, Listener] = {}
+        agent, exposed = _open_agent(config, kv_buffer)
         try:
             self._address = self._listen(listeners)
             shared_fd = _shareable(config, kv_fd)
-            self._thread = TransferThread(config, pool, shared_fd, listeners, clock or SystemClock(), faults)
+            self._thread = TransferThread(
+                config, pool, shared_fd, listeners, clock or SystemClock(), faults, agent, exposed
+            )
         except BaseException:
             for listener in listeners.values():
                 listener.close()
@@ -78,10 +81,10 @@ class Endpoint:
     def _listen(self, listeners: dict[str, Listener]) -> PeerRank:
         config = self._config
         rank, host, port = config.layout.tp_rank, config.host, 0
-        for name in (tcp.NAME, tls.NAME):
-            if name in config.transports:
-                sock = listeners[name] = tcp.listen(config.host, config.port)
-                port = sock.getsockname()[1]
+        names = {tcp.NAME if name == nixl.NAME else name for name in config.transports}
+        for name in names & {tcp.NAME, tls.NAME}:
+            sock = listeners[name] = tcp.listen(config.host, config.port)
+            port = sock.getsockname()[1]
         if local.NAME in config.transports:
             listener = listeners[local.NAME] = local.LocalListener()
             host, port = local.HOST, listener.port
@@ -228,11 +231,14 @@ def make_endpoint(
 
 
 def _check(config: EndpointConfig) -> None:
-    known = {tcp.NAME, tls.NAME, shm.NAME, local.NAME}
+    known = {tcp.NAME, tls.NAME, shm.NAME, nixl.NAME, local.NAME}
     if not config.transports or not set(config.transports) <= known:
         raise ValueError(f"transports must be some of {sorted(known)}, not {config.transports}")
-    if tls.NAME in config.transports and (config.identity is None or tcp.NAME in config.transports):
-        raise ValueError(f"{tls.NAME} needs an identity, and no {tcp.NAME} beside it")
+    if tls.NAME in config.transports:
+        if config.identity is None:
+            raise ValueError(f"{tls.NAME} needs an identity")
+        if clear := {tcp.NAME, nixl.NAME} & set(config.transports):
+            raise ValueError(f"{tls.NAME} beside {clear.pop()}: KV would be encrypted or not, as it comes")
     if not config.secret:
         raise ValueError("the cluster secret is empty")
     if not config.verify:
@@ -248,3 +254,12 @@ def _shareable(config: EndpointConfig, kv_fd: int | None) -> int | None:
         log.warning("the KV pool can not be shared: sending by shared memory is off", extra={"problem": problem})
         return None
     return kv_fd
+
+
+def _open_agent(config: EndpointConfig, kv_buffer: memoryview) -> tuple[nixl.Agent | None, bytes]:
+    """The NIXL agent and what it tells peers of the pool, if NIXL is wanted."""
+    if nixl.NAME not in config.transports:
+        return None, b""
+    name = nixl.agent_name(config.worker_id, config.incarnation, config.layout.tp_rank)
+    agent = nixl.Agent(name, config.host)
+    return agent, agent.expose(kv_buffer, config.layout.pool_bytes)

@@ -68,11 +68,13 @@ class Challenge(NamedTuple):
 
 
 class Proof(NamedTuple):
-    """Connecting side: proof that I hold the secret, and my layout (covered by the proof)."""
+    """Connecting side: proof that I hold the secret, my layout, and how to read my pool (both covered by the proof)."""
 
     mac: bytes
     layout: bytes
     verify: bool
+    exposed: bytes
+    """Opaque, for the transports whose receiver fetches the bytes by itself; else empty."""
 
 
 class Welcome(NamedTuple):
@@ -252,7 +254,7 @@ _digest = _bytes(DIGEST_BYTES)
 _FIELDS: Final[Mapping[type[Message], tuple[Check, ...]]] = {
     Hello: (_u32, _u32, _nonce, _text, _text, _u32, _text, _text, _u32, _text),
     Challenge: (_u32, _nonce, _text, _text, _u32, _mac),
-    Proof: (_mac, _blob, _flag),
+    Proof: (_mac, _blob, _flag, _blob),
     Welcome: (_mac, _blob, _flag),
     Goodbye: (_text, _text),
     Reserve: (_id, _u32, _blob),

@@ -44,9 +44,15 @@ class Pool:
             end = start + layout.block_bytes(layer) * layout.geometry.num_blocks
             self._layers.append(flat[start:end])
             start = end
-        self._bases: Pieces = np.array(
-            [(address_of(np.frombuffer(view, np.uint8)), 0) for view in self._layers], np.uint64
-        )
+        self._bases = _bases(self._layers)
+
+    @classmethod
+    def flat(cls, buffer: memoryview) -> Pool:
+        """Bytes without a layout, as one layer."""
+        pool = cls.__new__(cls)
+        pool._layers = [buffer]
+        pool._bases = _bases(pool._layers)
+        return pool
 
     def views(self, layer: int, runs: Runs) -> list[memoryview]:
         """The bytes of `runs`, in order, without a copy."""
@@ -100,8 +106,8 @@ class Extents:
 
     def copies_from(self, source: Extents) -> Iterator[tuple[Bytes, Bytes]]:
         """Pairs of equally long (to, from) pieces of at most HASH_BYTES, in order."""
-        for (layer, runs), (_, source_runs) in zip(self._parts, source._parts, strict=True):
-            to, fro = self._pool.array(layer), source._pool.array(layer)
+        for (layer, runs), (source_layer, source_runs) in zip(self._parts, source._parts, strict=True):
+            to, fro = self._pool.array(layer), source._pool.array(source_layer)
             for start, end, from_start, from_end in zip_runs(runs, source_runs, HASH_BYTES):
                 yield to[start:end], fro[from_start:from_end]
 
@@ -171,6 +177,10 @@ def data_digest(context: bytes, frame: Data, extents: Extents) -> bytes:
     digest = Digest(extents)
     digest.take(extents.num_bytes)
     return seal(context, frame, digest.result())
+
+
+def _bases(layers: Sequence[memoryview]) -> Pieces:
+    return np.array([(address_of(np.frombuffer(view, np.uint8)), 0) for view in layers], np.uint64)
 
 
 def address_of(array: npt.NDArray[np.generic]) -> int:

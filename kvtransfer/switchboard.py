@@ -17,7 +17,7 @@ from kvtransfer.auth import Acceptor, Connector, LinkKey, Refusal, RefusalCode
 from kvtransfer.connection import HANDSHAKE_S, Connection, Dialling, PeerRefused, Role, Traffic
 from kvtransfer.link import LinkClosed
 from kvtransfer.messages import NONCE_BYTES, Goodbye, ProtocolError
-from kvtransfer.transports import local, shm, tcp, tls
+from kvtransfer.transports import local, nixl, shm, tcp, tls
 from kvtransfer.transports.tls import TlsSocket
 
 log = logging.getLogger("kvtransfer")
@@ -55,10 +55,15 @@ class Switchboard:
         selector: selectors.BaseSelector,
         user: LinkUser,
         now: float,
+        agent: nixl.Agent | None = None,
+        exposed: bytes = b"",
     ) -> None:
+        """`agent` and `exposed`: for NIXL, and how peers may read this rank's pool by it."""
         self._config = config
         self._me = LinkKey(config.worker_id, config.incarnation, config.layout.tp_rank)
         self._pool_fd = pool_fd
+        self._agent = agent
+        self._exposed = exposed
         self._listeners = listeners
         self._selector = selector
         self._user = user
@@ -130,10 +135,11 @@ class Switchboard:
             if sock is not None:
                 nonce = secrets.token_bytes(NONCE_BYTES)
                 me, peer, layout = self._me, dialling.key, config.layout
+                exposed = self._exposed if transport == nixl.NAME else b""
                 self._add(
                     sock,
                     transport,
-                    Connector(config.secret, me, layout, peer, transport, nonce, verify=config.verify),
+                    Connector(config.secret, me, layout, peer, transport, nonce, verify=config.verify, exposed=exposed),
                     dialling,
                 )
                 return
@@ -170,6 +176,7 @@ class Switchboard:
 
     def _accept(self, transport: str) -> None:
         config = self._config
+        offered = tuple(name for name in config.transports if _listener_of(name) == transport)
         while self._is_accepting:
             try:
                 sock, _ = self._listeners[transport].accept()
@@ -192,7 +199,7 @@ class Switchboard:
             self._add(
                 TlsSocket(sock, self._contexts[True], server_side=True) if transport == tls.NAME else sock,
                 transport,
-                Acceptor(config.secret, self._me, config.layout, transport, nonce, verify=config.verify),
+                Acceptor(config.secret, self._me, config.layout, offered, nonce, verify=config.verify),
             )
             self._num_unauthenticated += 1
             if self._num_unauthenticated >= MAX_UNAUTHENTICATED:
@@ -214,6 +221,7 @@ class Switchboard:
             self.now + HANDSHAKE_S,
             self._config.max_control_bytes,
             pool_fd=self._pool_fd,
+            agent=self._agent,
             dialling=dialling,
         )
         self.connections.add(connection)
@@ -343,3 +351,8 @@ class Switchboard:
         for listener in self._listeners.values():
             with contextlib.suppress(OSError):
                 listener.close()
+
+
+def _listener_of(transport: str) -> str:
+    """Where the frames of a transport come in."""
+    return tcp.NAME if transport == nixl.NAME else transport

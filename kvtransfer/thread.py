@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import queue
 import selectors
@@ -34,8 +35,12 @@ from kvtransfer.protocol import Action, CloseLink, Connect, DataReady, Emit, Sen
 from kvtransfer.receiving import ReceiveSide
 from kvtransfer.sending import SendSide
 from kvtransfer.switchboard import Listener, Switchboard
+from kvtransfer.transports import nixl
 
 log = logging.getLogger("kvtransfer")
+
+_POLL_S: Final = 0.0005
+"""How often NIXL is asked while it moves bytes: it wakes nobody."""
 
 Command: TypeAlias = tuple[Callable[..., None], tuple[Any, ...]]
 
@@ -52,7 +57,11 @@ class TransferThread:
         listeners: dict[str, Listener],
         clock: Clock,
         faults: FaultHook | None,
+        agent: nixl.Agent | None = None,
+        exposed: bytes = b"",
     ) -> None:
+        """Owns the listeners, and `agent` with what it has `exposed`."""
+        self._agent = agent
         self._name = f"{config.worker_id}#{config.layout.tp_rank}"
         self._pool = pool
         self._clock = clock
@@ -73,7 +82,7 @@ class TransferThread:
         self._is_closing = False
         self._now = clock.now()
         self._next_tick_s = self._now
-        self._switchboard = Switchboard(config, pool_fd, listeners, self._selector, self, self._now)
+        self._switchboard = Switchboard(config, pool_fd, listeners, self._selector, self, self._now, agent, exposed)
         self._unpublished: list[TransferEvent] = []
         self._bytes_sent = 0
         self._bytes_received = 0
@@ -146,6 +155,8 @@ class TransferThread:
         self._switchboard.read_on()
         for key, mask in ready:
             key.data(mask)
+        if self._agent is not None:
+            self._poll_agent(self._agent)
         self._run_commands()
         if self._now >= self._next_tick_s:
             self._tick()
@@ -158,7 +169,8 @@ class TransferThread:
     def _timeout_s(self) -> float:
         if self._switchboard.dirty or self._switchboard.unread or not self._commands.empty():
             return 0.0
-        return max(0.0, self._next_tick_s - self._clock.now())
+        limit_s = _POLL_S if self._agent is not None and self._is_agent_busy() else math.inf
+        return max(0.0, min(limit_s, self._next_tick_s - self._clock.now()))
 
     def _woken(self, _mask: int) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -230,6 +242,30 @@ class TransferThread:
             if connection.link.stop_io(transfer_id):
                 connection.arrival = None
                 self.receive.num_stale += 1
+            if connection.remote is not None:
+                self.receive.num_stale += connection.remote.drop(transfer_id)
+
+    # NIXL.
+
+    def _is_agent_busy(self) -> bool:
+        """Do bytes move, from here or to here, as far as this end knows?"""
+        for connection in self._switchboard.connections:
+            if connection.remote is not None and connection.remote.is_busy:
+                return True
+            if connection.transport == nixl.NAME and connection.role is Role.SENDER and self.send.num_open:
+                return True
+        return False
+
+    def _poll_agent(self, agent: nixl.Agent) -> None:
+        agent.progress()
+        for connection in list(self._switchboard.connections):
+            try:
+                while connection.remote is not None and (read := connection.remote.poll()) is not None:
+                    arrival = self._arrival(connection, read.frame, read.landing)
+                    arrival.fetch(connection.remote.staging, read.staged)
+                    self._arrived(connection, arrival)
+            except nixl.ReadFailed as error:
+                self._switchboard.lose(connection, str(error))
 
     # What the switchboard and its connections call.
 
@@ -267,16 +303,24 @@ class TransferThread:
         """A message is complete."""
         if type(message) is not Data or connection.role is not Role.RECEIVER:
             self._side(connection.role).on_message(self._now, connection.key, message)
-        elif connection.mapped is not None:
+        elif connection.is_fetched:
             landing = self.receive.begin_data(self._clock.now(), connection.key, message, None)
             if landing is not None:
-                connection.link.charge(landing.num_bytes)
-                arrival = self._arrival(connection, message, landing)
-                arrival.fetch(connection.mapped.pool)
-                self._arrived(connection, arrival)
+                self._fetch(connection, message, landing)
         elif connection.arrival is not None:
             arrival, connection.arrival = connection.arrival, None
             self._arrived(connection, arrival)
+
+    def _fetch(self, connection: Connection, message: Data, landing: Landing) -> None:
+        """Get a frame's bytes from the sender's pool: at once, or by NIXL soon."""
+        assert landing.source_parts is not None
+        if connection.mapped is not None:
+            connection.link.charge(landing.num_bytes)
+            arrival = self._arrival(connection, message, landing)
+            arrival.fetch(connection.mapped.pool, landing.source_parts)
+            self._arrived(connection, arrival)
+        elif connection.remote is not None:
+            connection.remote.read(nixl.Read(message, landing))
 
     def pull(self, connection: Connection) -> OutgoingFrame | None:
         """The next data frame of a link."""
@@ -326,6 +370,8 @@ class TransferThread:
         self.receive.abort_all(self._now, reason)
         self._act()
         self._switchboard.close(reason)
+        if self._agent is not None:
+            self._agent.close()
         self._selector.close()
         os.close(self._wake_fd)
         self._pool.release()

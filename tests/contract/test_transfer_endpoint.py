@@ -40,6 +40,7 @@ from kvtransfer.native.library import Library, library
 from kvtransfer.pool import data_digest
 from tests.support.transfer import (
     MODEL,
+    NIXL,
     SECRET,
     BlockingHook,
     Rank,
@@ -53,6 +54,7 @@ from tests.support.transfer import (
     num_open_fds,
     open_send,
     pattern,
+    warm_up,
     write_all,
 )
 from tests.support.transfer_script import ScriptedSender
@@ -85,9 +87,10 @@ class Lab:
             worker.close()
 
 
-@pytest.fixture(params=["tcp", "tcp+tls", "shm", "local"])
+@pytest.fixture(params=["tcp", "tcp+tls", "shm", NIXL, "local"])
 def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
     """After each test: no thread, descriptor or socket file is left."""
+    warm_up(request.param)
     fds = num_open_fds()
     with tempfile.TemporaryDirectory() as unix_dir:
         os.chmod(unix_dir, 0o700)

@@ -15,6 +15,7 @@ from baton.clock import ManualClock
 from kvtransfer.api import Failed, Granted, Received, ReserveRequested, SendRequest
 from tests.support.transfer import (
     MODEL,
+    NIXL,
     Worker,
     kvtransfer_threads,
     let_pass,
@@ -22,6 +23,7 @@ from tests.support.transfer import (
     new_transfer_id,
     num_open_fds,
     pattern,
+    warm_up,
 )
 from tests.support.transfer_child import Child
 
@@ -52,9 +54,10 @@ class Lab:
         return child
 
 
-@pytest.fixture(params=["tcp", "tcp+tls", "shm"])
+@pytest.fixture(params=["tcp", "tcp+tls", "shm", NIXL])
 def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
     """After each test: no thread and no descriptor is left here."""
+    warm_up(request.param)
     fds = num_open_fds()
     with tempfile.TemporaryDirectory() as unix_dir:
         made = Lab(request.param, unix_dir)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import mmap
 import os
 import secrets
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import numpy as np
+import pytest
 
 from baton.clock import Clock, ManualClock
 from baton.kv_layout import KVGeometry, KVLayout, LayerSpec, ModelKV
@@ -21,9 +23,13 @@ from kvtransfer.api import EndpointConfig, PeerWorker, SendRequest, TransferEven
 from kvtransfer.endpoint import Endpoint
 from kvtransfer.faults import FaultHook
 from kvtransfer.pool import Extents, Pool
+from kvtransfer.transports import nixl
 
 SECRET = b"a secret of one cluster, 32 byte"
 MODEL = ModelKV((LayerSpec(4, 8), LayerSpec(4, 8), LayerSpec(4, 8)), "bfloat16", "f1")
+NIXL = pytest.param(
+    "nixl", marks=pytest.mark.skipif(importlib.util.find_spec("nixl") is None, reason="the package nixl is not there")
+)
 EventT = TypeVar("EventT", bound=TransferEvent)
 
 
@@ -227,6 +233,12 @@ def let_pass(clock: ManualClock, seconds: float, *ranks: Rank, steps: int = 1) -
         clock.advance(seconds / steps)
         for rank in (*ranks, *ranks, *ranks):
             rank.turn()
+
+
+def warm_up(transport: str) -> None:
+    """Let libraries load what they keep for good, so that descriptors can be counted."""
+    if transport == "nixl":
+        nixl.Agent("warm-up", "127.0.0.1").close()
 
 
 def num_open_fds() -> int:

@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from typing import Any
+from typing import Any, TextIO
 
 from kvtransfer import api
 from kvtransfer.api import PeerRank, PeerWorker, SendRequest, TransferId
@@ -56,6 +56,9 @@ class Child:
 
 def main() -> None:
     """The child."""
+    global _out
+    _out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a library prints must not look like an answer
     start = json.loads(sys.stdin.readline())
     worker = make_worker(start["name"], transport=start["transport"], unix_dir=start["unix_dir"], **start["settings"])
     rank = worker.leader
@@ -83,15 +86,21 @@ def main() -> None:
             case "finish":
                 rank.endpoint.finish(transfer_id, b"m")
                 answer(None)
+            case "sent":
+                rank.wait_for(lambda n=command["num_bytes"]: rank.endpoint.stats().bytes_sent >= n)
+                answer(None)
             case "expect":
                 event = rank.expect(getattr(api, command["kind"]), transfer_id or None)
                 answer({"id": event.transfer_id.hex(), "reason": getattr(event, "reason", "")})
 
 
+_out: TextIO
+
+
 def answer(value: Any) -> None:
     """One line to the parent."""
-    sys.stdout.write(json.dumps(value) + "\n")
-    sys.stdout.flush()
+    _out.write(json.dumps(value) + "\n")
+    _out.flush()
 
 
 if __name__ == "__main__":

@@ -60,6 +60,13 @@ def test_encrypt_is_a_flag_without_a_value() -> None:
     assert not configure().is_encrypted
 
 
+def test_nixl_is_a_transport_that_can_not_be_encrypted() -> None:
+    nixl = ("--set", "transfer.transports=[nixl,tcp]")
+    assert configure(*nixl).kv_transports == ("nixl", "tcp")
+    with pytest.raises(ValueError, match="nixl does not encrypt"):
+        configure(*nixl, "--encrypt")
+
+
 def test_every_flag_names_a_key_of_the_configuration() -> None:
     for flag in cli.FLAGS:
         value_of(Config(), flag.key)

@@ -28,7 +28,7 @@ def connector(**changes: object) -> Connector:
 
 def acceptor(**changes: object) -> Acceptor:
     """The decode side."""
-    fields = {"secret": SECRET, "me": D, "layout": layout(), "transport": "tcp", "nonce": b"2" * 32}
+    fields = {"secret": SECRET, "me": D, "layout": layout(), "transports": ("tcp",), "nonce": b"2" * 32}
     return Acceptor(**{**fields, "verify": True, **changes})  # type: ignore[arg-type]
 
 
@@ -83,7 +83,7 @@ def test_a_connector_without_the_secret_is_refused() -> None:
     assert isinstance(challenge, Challenge)
     with pytest.raises(Refusal):
         forger.receive(challenge)  # it notices first
-    assert refusal(lambda: right.receive(Proof(b"0" * 32, b"", True))) is RefusalCode.SECRET
+    assert refusal(lambda: right.receive(Proof(b"0" * 32, b"", True, b""))) is RefusalCode.SECRET
 
 
 def test_a_replayed_proof_is_refused_because_the_nonce_is_new() -> None:
@@ -99,7 +99,7 @@ def test_the_acceptors_proof_can_not_be_reflected() -> None:
     left, right = connector(), acceptor()
     challenge = right.receive(left.hello)
     assert isinstance(challenge, Challenge)
-    assert refusal(lambda: right.receive(Proof(challenge.mac, b"", True))) is RefusalCode.SECRET
+    assert refusal(lambda: right.receive(Proof(challenge.mac, b"", True, b""))) is RefusalCode.SECRET
 
 
 @pytest.mark.parametrize("field", ["layout", "verify"])
@@ -146,7 +146,7 @@ def test_a_worker_that_answers_at_the_wrong_address_is_refused() -> None:
     assert refusal(lambda: left.receive(challenge)) is RefusalCode.ADDRESS
 
 
-@pytest.mark.parametrize(("low", "high"), [(2, 9), (0, 0)])
+@pytest.mark.parametrize(("low", "high"), [(3, 9), (0, 0)])
 def test_versions_without_a_common_one_are_refused(low: int, high: int) -> None:
     hello = connector().hello._replace(min_version=low, max_version=high)
     assert refusal(lambda: acceptor().receive(hello)) is RefusalCode.VERSION
@@ -180,7 +180,7 @@ def test_messages_out_of_order_are_a_protocol_error() -> None:
     with pytest.raises(ProtocolError):
         left.receive(Welcome(b"0" * 32, b"", True))
     with pytest.raises(ProtocolError):
-        right.receive(Proof(b"0" * 32, b"", True))
+        right.receive(Proof(b"0" * 32, b"", True, b""))
     right.receive(hello)
     with pytest.raises(ProtocolError):
         right.receive(hello)

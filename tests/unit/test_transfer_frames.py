@@ -51,7 +51,7 @@ id_lists = st.lists(ids, max_size=5).map(tuple)
 MESSAGES: dict[type[Message], st.SearchStrategy[Any]] = {
     messages.Hello: st.tuples(u32, u32, macs, text, text, u32, text, text, u32, text),
     messages.Challenge: st.tuples(u32, macs, text, text, u32, macs),
-    messages.Proof: st.tuples(macs, blobs, st.booleans()),
+    messages.Proof: st.tuples(macs, blobs, st.booleans(), st.binary(max_size=40)),
     messages.Welcome: st.tuples(macs, blobs, st.booleans()),
     messages.Goodbye: st.tuples(text, text),
     messages.Reserve: st.tuples(ids, u32, blobs),

@@ -19,7 +19,7 @@ _HARMLESS: Final = frozenset({
     # Of other vendors' clients; they change nothing here: billing, routing, telemetry, hints.
     "user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier", "prompt_cache_key",
     "prompt_cache_retention", "verbosity", "request_id", "spaces_between_special_tokens", "include_reasoning",
-    "separate_reasoning", "stream_reasoning", "stream_interval", "nvext", "provider", "transforms", "route",
+    "separate_reasoning", "stream_reasoning", "stream_interval", "provider", "transforms", "route",
     "session_id", "keep_alive", "mm_processor_kwargs",
 })
 _INTERNAL: Final = frozenset({
@@ -28,6 +28,8 @@ _INTERNAL: Final = frozenset({
     "disaggregated_params", "disagg_prefill_dp_rank", "data_parallel_rank", "do_remote_prefill", "do_remote_decode",
     "remote_host", "remote_port", "remote_engine_id", "remote_block_ids", "block_ids", "block_table",
     "slot_mapping", "worker", "worker_id", "prefill_worker", "decode_worker", "decode_peer", "attempt_id", "tenant",
+    "worker_address", "prefill_address", "decode_address", "prefill_worker_id", "decode_worker_id",
+    "backend_instance_id", "remote_request_id", "routed_dp_rank", "transfer_id", "incarnation", "nvext",
 })
 # fmt: on
 _UNSUPPORTED: Final[dict[str, tuple[Any, ...]]] = {

@@ -1,0 +1,154 @@
+"""SEC-3: who does not hold this cluster's secret is refused with a reason: KV peers, routers and workers."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+
+import grpc
+import pytest
+
+from baton.auth import worker_token
+from baton.specs import encode_secret
+from kvtransfer.auth import Connector, LinkKey, RefusalCode
+from kvtransfer.frames import FrameReader, Tagger, encode_frame
+from kvtransfer.messages import Challenge, Goodbye, Message, Proof
+from protos import worker_pb2 as pb
+from protos.worker_pb2_grpc import WorkerServicer, WorkerStub, add_WorkerServicer_to_server
+from tests.support.fake_worker import FakeCluster, site
+from tests.support.transfer import SECRET, Worker, closing, kvtransfer_threads, make_worker
+from worker.service import TokenAuth
+
+
+class Wire:
+    """A connection to a worker's leader on which recorded bytes can be sent again."""
+
+    def __init__(self, worker: Worker) -> None:
+        address = worker.leader.endpoint.address
+        self._sock = socket.create_connection((address.host, address.port), timeout=10)
+        self._heard: list[Message] = []
+        self._reader = FrameReader(lambda message, payload_bytes: None, self._heard.append, 2**20)
+
+    def say(self, data: bytes) -> None:
+        self._sock.sendall(data)
+
+    def hear(self) -> Message | None:
+        """The next message; None: the connection was closed."""
+        while not self._heard:
+            count = self._sock.recv_into(self._reader.buffers()[0])
+            if not count:
+                return None
+            self._reader.filled(count)
+        return self._heard.pop(0)
+
+    def close(self) -> None:
+        self._sock.close()
+
+
+def connector(worker: Worker, secret: bytes) -> Connector:
+    me, peer = LinkKey("p", "p1", 0), LinkKey(worker.worker_id, worker.incarnation, 0)
+    return Connector(secret, me, worker.leader.layout, peer, "tcp", b"1" * 32, verify=True)
+
+
+def test_sec3_a_recorded_handshake_is_refused_with_that_reason() -> None:
+    worker = make_worker("d")
+    with closing(worker):
+        first, second = Wire(worker), Wire(worker)
+        good, tagger = connector(worker, SECRET), Tagger()
+        hello = encode_frame(good.hello, tagger)
+        first.say(hello)
+        challenge = first.hear()
+        assert isinstance(challenge, Challenge)
+        answer = good.receive(challenge)
+        assert isinstance(answer, Proof)
+        proof = encode_frame(answer, tagger)
+        first.say(proof)
+        good.receive(first.hear())  # type: ignore[arg-type]
+        assert good.session is not None
+        worker.leader.wait_for(lambda: worker.leader.endpoint.stats().transports == {"p#0": "tcp"})
+
+        second.say(hello)
+        again = second.hear()
+        assert isinstance(again, Challenge)
+        assert again.nonce != challenge.nonce
+        second.say(proof)
+        goodbye = second.hear()
+        assert isinstance(goodbye, Goodbye)
+        assert goodbye.code == RefusalCode.SECRET
+        assert "secret" in goodbye.reason
+        assert second.hear() is None
+        assert worker.leader.endpoint.poll() == []
+        for wire in (first, second):
+            wire.close()
+    assert kvtransfer_threads() == []
+
+
+def test_sec3_a_connector_that_forges_its_proof_is_told_that_it_lacks_the_secret() -> None:
+    worker = make_worker("d")
+    with closing(worker):
+        wire, tagger = Wire(worker), Tagger()
+        forger = connector(worker, b"x" * 32)
+        wire.say(encode_frame(forger.hello, tagger))
+        assert isinstance(wire.hear(), Challenge)
+        wire.say(encode_frame(Proof(b"0" * 32, b"", True), tagger))
+        goodbye = wire.hear()
+        assert isinstance(goodbye, Goodbye)
+        assert (goodbye.code, wire.hear()) == (RefusalCode.SECRET, None)
+        assert worker.leader.endpoint.stats().transports == {}
+        wire.close()
+
+
+class _Worker(WorkerServicer):
+    async def Session(self, requests: object, context: object) -> None:  # noqa: N802
+        """Nobody gets here."""
+        raise AssertionError("a stranger's call was served")
+
+    async def GetStatus(self, request: object, context: object) -> pb.WorkerStatus:  # noqa: N802
+        """For those who hold the secret."""
+        return pb.WorkerStatus(worker_id="d")
+
+
+@pytest.mark.parametrize(
+    "header", [None, "", "Bearer ", worker_token(b"another cluster, same size"), worker_token(SECRET)[:-1], "Bearer x"]
+)
+def test_sec3_a_worker_serves_no_call_without_this_clusters_token(header: str | None) -> None:
+    async def main() -> None:
+        server = grpc.aio.server(interceptors=[TokenAuth(worker_token(SECRET))])
+        add_WorkerServicer_to_server(_Worker(), server)
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        metadata = () if header is None else (("authorization", header),)
+        try:
+            async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+                stub = WorkerStub(channel)  # type: ignore[no-untyped-call]
+                session = stub.Session(iter([pb.RouterMessage()]), metadata=metadata)
+                for call in (stub.GetStatus(pb.GetStatusRequest(), metadata=metadata), session.read()):
+                    with pytest.raises(grpc.aio.AioRpcError) as caught:
+                        await call
+                    assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+                    assert "cluster token" in (caught.value.details() or "")
+                own = (("authorization", worker_token(SECRET)),)
+                assert (await stub.GetStatus(pb.GetStatusRequest(), metadata=own)).worker_id == "d"
+        finally:
+            await server.stop(None)
+
+    asyncio.run(main())
+
+
+def test_sec3_a_router_of_another_cluster_says_why_it_has_no_workers() -> None:
+    async def main() -> None:
+        cluster = FakeCluster()
+        async with site(cluster, secret=encode_secret(b"another cluster's secret")) as here:
+            worker = cluster.add("mixed-0", "mixed")
+            await worker.start()
+            here.router.set_members(cluster.fleet())
+            link = here.router.fleet.links["mixed-0"]
+            async with asyncio.timeout(10):
+                while "secret" not in link.why_lost:
+                    await asyncio.sleep(0.01)  # a worker that was never there changes nothing: there is no event
+            health = await here.http.get("/health")
+            assert health.status_code == 503
+            assert "wrong cluster secret" in health.json()["error"]["message"]
+            assert not worker.num_sessions
+
+    asyncio.run(main())

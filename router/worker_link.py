@@ -295,7 +295,9 @@ class WorkerLink:
 
     def _lose(self, reason: str) -> None:
         if self.hello is None:
-            self.why_lost = reason
+            if reason not in (self.why_lost, _LEFT):
+                self.why_lost = reason
+                self._on_change()  # it says why nothing can be served
             return
         level = logging.INFO if reason == _LEFT else logging.WARNING
         logger.log(

@@ -2,7 +2,7 @@
 //
 // A block of up to 32 rows x one panel of 32 outputs accumulates over all of K in registers, in the order of K, so a
 // row's result does not depend on how many rows there are. With few rows the weights pass once, at the speed of memory
-// (prefetched 1 KiB ahead, which is what crosses page boundaries where the hardware prefetcher stops). With many, a
+// (prefetched 512 bytes ahead, which is what crosses page boundaries where the hardware prefetcher stops). With many, a
 // panel stays in the L2 cache over all blocks of rows, while the next one is fetched a little per block.
 #pragma once
 #include "base.h"
@@ -24,7 +24,7 @@ struct alignas(64) Block {
 };
 
 constexpr int kBlockRows = 32;
-constexpr int kStreamAheadBytes = 1024;
+constexpr int kStreamAheadBytes = 512;
 constexpr int64_t kPastCacheBytes = 3 << 19;  // results larger than this do not stay in L2
 constexpr int64_t kRowsInCacheBytes = 1200 << 10;  // of activations that stay in a 2 MiB L2 beside two panels
 

@@ -12,6 +12,7 @@ verifies); the two processes share CLOCK_MONOTONIC.
     memcpy blocks   the same bytes block by block as the tables say, in one call of C
     tcp loop        blocking sendall and recv_into, a contiguous layer at a time, with Baton's socket options
     shm, tcp        Baton, with digests
+    tcp+tls, nixl   the same, encrypted and by NIXL (where its package is there)
     ... no digest   the same without
     ... per block   with digests, one frame per (layer, block) instead of coalesced ones
 """
@@ -19,6 +20,7 @@ verifies); the two processes share CLOCK_MONOTONIC.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import mmap
 import os
@@ -30,12 +32,13 @@ import sys
 import tempfile
 import threading
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
 import numpy as np
 
 from baton.kv_layout import KVGeometry, KVLayout, LayerSpec, ModelKV
+from baton.tls import make_identity
 from kvtransfer import lanes
 from kvtransfer.api import (
     Completed,
@@ -73,7 +76,7 @@ COALESCING: Final = 10.0
 """How much faster coalesced frames must be than one per (layer, block), at COALESCING_BLOCK tokens per block."""
 COALESCING_BLOCK: Final = 16
 MIN_TARGET_BYTES: Final = 8 * 2**20
-BATON_ARMS: Final = {
+BATON_ARMS: Final[dict[str, tuple[str, bool, bool]]] = {
     # arm: (transport, digests, one frame per block)
     "shm": ("shm", True, False),
     "shm no digest": ("shm", False, False),
@@ -81,7 +84,10 @@ BATON_ARMS: Final = {
     "tcp": ("tcp", True, False),
     "tcp no digest": ("tcp", False, False),
     "tcp per block": ("tcp", True, True),
+    "tcp+tls": ("tcp+tls", True, False),
 }
+if importlib.util.find_spec("nixl") is not None:
+    BATON_ARMS["nixl"] = ("nixl", True, False)
 ARMS: Final = ("memcpy", "memcpy blocks", "tcp loop", *BATON_ARMS)
 _SWITCH_S: Final = 0.0005
 """As a rank process sets it."""
@@ -103,6 +109,7 @@ class Bench:
             config = EndpointConfig(
                 name, name, self.layout, SECRET, unix_dir=unix_dir, transports=(transport,), verify=verify
             )
+            config = replace(config, identity=make_identity(SECRET) if transport == "tcp+tls" else None)
             endpoint = Endpoint(config, self.view, self.fd)
             endpoint.set_wakeup(self.news.set)
             for arm, settings in BATON_ARMS.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -145,11 +146,16 @@ def _links(links: Mapping[tuple[str, str], str]) -> str:
 
 
 def _notes(config: Config) -> list[str]:
+    notes = []
+    if config.is_encrypted and config.cluster.address is not None and os.environ.get("RAY_USE_TLS") != "1":
+        notes.append(
+            "Ray's own channels, by which processes get the cluster secret, are not encrypted; see RAY_USE_TLS"
+        )
     is_loopback = config.router.host in ("localhost", "::1") or config.router.host.startswith("127.")
-    if is_loopback or config.router.api_key_file is not None:
-        return []
-    where = "the routers' nodes" if config.router.host == OWN_ADDRESS else config.router.host
-    return [f"whoever can reach {where} may use this server; see --api-key-file"]
+    if not is_loopback and config.router.api_key_file is None:
+        where = "the routers' nodes" if config.router.host == OWN_ADDRESS else config.router.host
+        notes.append(f"whoever can reach {where} may use this server; see --api-key-file")
+    return notes
 
 
 def _steps(start_up: StartUp) -> str:

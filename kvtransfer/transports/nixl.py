@@ -1,7 +1,7 @@
 """NIXL (optional package `nixl`): frames on a TCP stream, the receiver reads the bytes from the sender's pool.
 
 NIXL can not recall a read: after it has released an active request and forgotten the peer, the peer's bytes may still
-land (docs/decisions/0006). So no read ever points into this rank's pool. It ends in staging memory that belongs to one
+land (docs/decisions/0007). So no read ever points into this rank's pool. It ends in staging memory that belongs to one
 link, and the verified copy goes on from there; an abort frees the blocks at once, and the staging memory stays, longer
 than its link if need be, until NIXL says of every read that it is over.
 

@@ -44,6 +44,8 @@ class TlsSocket:
         self._is_plain = False
         """The peer does not speak TLS."""
         self._is_shaken = False
+        self._failure: Refusal | ProtocolError | None = None
+        """Told once what came before it is read."""
 
     def fileno(self) -> int:
         """For selectors."""
@@ -103,17 +105,24 @@ class TlsSocket:
             Refusal: the peer is not of this cluster, or does not encrypt.
             ProtocolError: what came is not TLS.
         """
-        while True:
+        total, wanted = 0, num_bytes or len(buffer)
+        while total < wanted and self._failure is None:
             try:
                 if not self._is_shaken:
                     self._shake()
-                return cast(int, self._tls.read(num_bytes or len(buffer), buffer))
+                total += cast(int, self._tls.read(wanted - total, buffer[total:]))
             except ssl.SSLWantReadError:
+                if total:
+                    break
                 self._fill()
             except (ssl.SSLEOFError, ssl.SSLZeroReturnError):
-                return 0
+                break
             except ssl.SSLError as error:
-                raise _named(error) from error
+                self._failure = _named(error)
+                break
+        if self._failure is not None and not total:
+            raise self._failure
+        return total
 
     def recvmsg_into(self, buffers: list[memoryview], /) -> tuple[int, list[tuple[int, int, bytes]], int, None]:
         """As of the socket; raises as `recv_into`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import queue
 import socket
 import tempfile
 import threading
@@ -24,6 +25,7 @@ from kvtransfer.api import (
     EndpointConfig,
     Failed,
     Granted,
+    LinkReport,
     ManifestReceived,
     PeerWorker,
     Quiesced,
@@ -365,6 +367,22 @@ def test_another_models_identity_is_refused_and_the_field_is_named(lab: Lab, fie
     transfer_id = open_send(source, destination, 40, [1, 2, 3])
     reason = source.leader.expect(Failed, transfer_id).reason
     assert f"layout: {field} differs" in reason or f"{field} differs" in reason
+
+
+def test_fp32_and_bf16_pools_are_refused_by_both_names_before_any_request_and_nothing_is_converted(lab: Lab) -> None:
+    source = lab.worker("p", model=replace(MODEL, dtype="float32"))
+    destination = lab.worker("d", model=replace(MODEL, dtype="bfloat16"))
+    reports: queue.SimpleQueue[LinkReport] = queue.SimpleQueue()
+    source.leader.endpoint.set_on_link(reports.put)
+    source.leader.endpoint.connect(destination.peer)
+    report = reports.get(timeout=10)
+    assert (report.worker_id, report.tp_rank, report.transport) == ("d", 0, "")
+    assert "dtype differs" in report.reason
+    assert "float32" in report.reason
+    assert "bfloat16" in report.reason
+    transfer_id = open_send(source, destination, 16, [0])
+    assert "dtype differs" in source.leader.expect(Failed, transfer_id).reason
+    assert not np.frombuffer(destination.leader.buffer, np.uint8).any()
 
 
 def test_an_earlier_life_of_the_worker_is_not_met(lab: Lab) -> None:

@@ -21,6 +21,7 @@ from engine.types import EngineConfig
 from tests.support.byte_tokenizer import write_byte_tokenizer
 from tests.support.system import System, generate, serve
 from tests.support.tiny_models import VOCAB_SIZE, load_reference, make_model, random_prompt, reference_greedy
+from tests.support.transfer import NIXL
 
 pytestmark = pytest.mark.timeout(240)  # the first of a family also loads transformers and generates the reference
 
@@ -40,6 +41,7 @@ TOPOLOGIES: dict[str, tuple[str, ...]] = {
     "1p(tp2)-1d-tcp": (*TCP, "--prefill-tp", "2", "--tp", "1"),
 }
 ENCRYPTED = {"1p1d-tcp+tls": (*TCP, "--encrypt"), "1p-1d(tp2)-tcp+tls": (*TCP, "--encrypt", "--tp", "2")}
+BY_NIXL = {"1p1d-nixl": ("--set", "transfer.transports=[nixl]")}
 FAMILIES = ("llama", "qwen2", "qwen3")
 SEEDED = {"temperature": 0.9, "top_p": 0.95, "top_k": 40, "seed": 1234}
 
@@ -141,7 +143,7 @@ def test_preemption_under_a_tiny_pool_changes_nothing(topology: str, case_of: Ca
         assert counter(system, "preemptions") > 0
 
 
-@pytest.mark.parametrize("topology", [*TOPOLOGIES, *ENCRYPTED])
+@pytest.mark.parametrize("topology", [*TOPOLOGIES, *ENCRYPTED, pytest.param("1p1d-nixl", marks=NIXL.marks)])
 def test_the_demo_model_answers_exactly_in_bf16(topology: str) -> None:
     qa = Path(__file__).parents[2] / "bench" / "demo_model" / "qa.jsonl"
     pairs = [json.loads(line) for line in qa.read_text().splitlines()][:24]
@@ -160,9 +162,9 @@ def test_the_demo_model_answers_exactly_in_bf16(topology: str) -> None:
         return str(choice["message"]["content"])
 
     assert DEMO_MODEL_DIR.is_dir()
-    args = {**TOPOLOGIES, **ENCRYPTED}[topology]
+    args = {**TOPOLOGIES, **ENCRYPTED, **BY_NIXL}[topology]
     with serve(*args) as system, system.client() as client, ThreadPoolExecutor(8) as pool:
         assert list(pool.map(ask, pairs)) == [pair["answer"] for pair in pairs]
-        if topology in ENCRYPTED:
+        if topology.startswith("1p"):
             peers = {used for worker in system.status()["workers"] for used in worker["peers"].values()}
-            assert peers == {"tcp+tls"}
+            assert peers == {topology.rpartition("-")[2]}

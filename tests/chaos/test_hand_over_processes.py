@@ -140,7 +140,7 @@ def test_x11_p2_p3_p4_a_sender_that_dies_or_hangs_after_any_chunk_leaves_no_bloc
     stage.until(lambda: here.is_whole, here, within_s=rest_of(began, fault))
     assert here.has_said("failed", lost.attempt) == (fault is KILL and moment != "manifest")
 
-    before, verified, late = bytes(here.runner.kv_buffer()), here.stats.frames_verified, here.stats.stale_frames_dropped
+    before, verified, late = bytes(here.runner.kv_buffer()), here.stats.frames_verified, here.num_stale
     start(stage.other, heir, here)
     stage.other.turn()
     stage.until(lambda: here.stats.frames_verified >= verified + 3, here)
@@ -150,7 +150,7 @@ def test_x11_p2_p3_p4_a_sender_that_dies_or_hangs_after_any_chunk_leaves_no_bloc
         sender.command("abort", lost.attempt)
         sender.resume()
         if moment in CHUNKS[:-1]:  # the manifest alone may be overtaken by what it hears first
-            stage.until(lambda: here.stats.stale_frames_dropped > late, here)
+            stage.until(lambda: here.num_stale > late, here)
     stage.until(lambda: here.tokens(heir.attempt) == heir.expected[1:], here, stage.other)
     assert here.foreign_bytes(heir, table, PROMPT_TOKENS + len(heir.expected) - 1, before) == 0
     assert here.stats.integrity_failures == 0
@@ -182,14 +182,14 @@ def test_d5_x11_a_receiver_that_hangs_in_any_state_and_goes_on_reads_no_blocks_t
     here.command("abort", lost.attempt)
     stage.until(lambda: here.is_whole, here, within_s=rest_of(began, STOP))
 
-    before, late = bytes(here.runner.kv_buffer()), here.stats.stale_frames_dropped
+    before, late = bytes(here.runner.kv_buffer()), here.num_stale
     start(here, heir, stage.decode)
     stage.until(lambda: len(here.tokens(heir.attempt)) == 1, here)  # its KV lies where the lost one's lay
     table = here.engine.block_table(heir.attempt)
     receiver.command("abort", lost.attempt)
     receiver.resume()
     if moment not in ("requested", "received"):  # it has nothing to say there
-        stage.until(lambda: here.stats.stale_frames_dropped > late, here)
+        stage.until(lambda: here.num_stale > late, here)
     stage.until(resting(receiver), here, within_s=WHOLE_S)
     assert here.foreign_bytes(heir, table, PROMPT_TOKENS, before) == 0
     stage.until(lambda: len(stage.decode.tokens(heir.attempt)) == len(heir.expected) - 1, here, stage.decode)

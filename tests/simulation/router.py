@@ -165,12 +165,11 @@ class Attempt:
             return
         if not self._needs(decode):
             return
-        self._refused[decode.worker.key] = None
-        if code == TransferError.code:
-            self._unreachable[decode.worker.key] = None
+        is_unreachable = code == TransferError.code
+        (self._unreachable if is_unreachable else self._refused)[decode.worker.key] = None
         decode.attempts.pop(self.id, None)
         self.decode = None
-        self._num_refusals += 1
+        self._num_refusals += not is_unreachable
         self._redirect()
 
     def _redirect(self) -> None:
@@ -180,8 +179,10 @@ class Attempt:
         others = [s for s in router.usable("decode") if s is not self.start]
         reachable = [session for session in others if session.worker.key not in self._unreachable]
         if not reachable:
-            is_cut_off = bool(others)  # the one who can reach none of them is the one to avoid
-            self.fail(TransferError.code if is_cut_off else "unavailable", [self.start.worker.key])
+            if others:  # the one who can reach none of them is the one to avoid
+                self.fail(TransferError.code, [self.start.worker.key])
+            else:
+                self.fail("unavailable", list(self._refused))
             return
         others = reachable
         fresh = [session for session in others if session.worker.key not in self._refused]

@@ -224,6 +224,12 @@ class TinyWorker:
         self._leader.turn()
 
     @property
+    def num_stale(self) -> int:
+        """Late frames and messages that were refused, as its metrics count them."""
+        counters: dict[str, int] = self._leader.status()["counters"]
+        return counters["kv_stale_frames_dropped"]
+
+    @property
     def is_whole(self) -> bool:
         """Is every block free or cached, and nothing open?"""
         found, stats = self.engine.stats(), self.stats

@@ -9,7 +9,7 @@ from typing import Final
 ZONE_LABEL: Final = "baton.zone"
 """Nodes of one zone are near each other: prefill and decode workers prefer it over another."""
 ROLE_LABEL: Final = "baton.role"
-"""A node with this label takes workers of that role only."""
+"""A node with this label takes workers of that role only. Routers, which need next to nothing, may be anywhere."""
 ROUTER_ROLE: Final = "router"
 _PEERS: Final = {"prefill": ("decode", "mixed"), "decode": ("prefill",), "mixed": ("prefill",)}
 
@@ -77,16 +77,16 @@ def why_none(nodes: Sequence[Node], need: Need, placed: Sequence[Placed]) -> str
 
 def excluded_roles(role: str) -> str:
     """The value of a Ray label selector on ROLE_LABEL that leaves out the nodes of other roles."""
-    return f"!in({','.join(sorted({'prefill', 'decode', 'mixed', ROUTER_ROLE} - {role}))})"
+    return f"!in({','.join(sorted(_PEERS.keys() - {role}))})"
 
 
 def _why_not(node: Node, need: Need, placed: Sequence[Placed]) -> str | None:
-    wanted = node.labels.get(ROLE_LABEL)
-    if wanted is not None and wanted != need.role:
-        return f"is for {wanted} only"
     if need.role == ROUTER_ROLE:
         has_one = any(unit.node_id == node.node_id and unit.need.role == ROUTER_ROLE for unit in placed)
         return "has one" if has_one else None
+    wanted = node.labels.get(ROLE_LABEL)
+    if wanted is not None and wanted != need.role:
+        return f"is for {wanted} only"
     cpus, gpus = _free(node, placed)
     if need.cpus > cpus:
         return f"has {node.cpus:g} CPUs, {cpus:g} free"

@@ -87,6 +87,8 @@ class SendLane:
         self.is_accepted = True
         self._window_bytes = window_bytes
         self._sent_tokens = [first_token] * len(self._sent_tokens)
+        assert self._runs is not None
+        self._runs.prepare(first_token, self._num_tokens)
         return True
 
     def mark_ready(self, layer: int, sendable_tokens: int) -> None:
@@ -175,6 +177,7 @@ class ReceiveLane:
         self.is_accepted = True
         self.window_bytes = max(window_bytes, least_window(plan))
         self._runs = TableRuns(plan.destination_sides, plan.group_tokens, block_table)
+        self._runs.prepare(first_token, num_tokens)
         self._first_token, self._num_tokens = first_token, num_tokens
         self._got = [_mask(0, first_token // UNIT_TOKENS)] * len(plan.unit_bytes)
         self._full = _mask(0, -(-num_tokens // UNIT_TOKENS))

@@ -22,7 +22,7 @@ from kvtransfer.transports.tls import TlsSocket
 
 _MAX_IOV: Final = 512
 """Buffers per system call; the kernel's limit is 1024."""
-_TURN_BYTES: Final = 4 * 1024 * 1024
+TURN_BYTES: Final = 4 * 1024 * 1024
 """Bytes that one link may move before the others get their turn."""
 _LOW_WATER_BYTES: Final = 512 * 1024
 _MAX_FDS: Final = 1
@@ -127,7 +127,7 @@ class Link:
         Raises:
             LinkClosed: the peer is gone.
         """
-        budget = _TURN_BYTES
+        budget = TURN_BYTES
         self.is_blocked = False
         while budget > 0:
             if not self._writing and self._departure is None:
@@ -190,7 +190,7 @@ class Link:
             LinkClosed: the peer is gone.
             ProtocolError: the stream can not be understood.
         """
-        self._budget = _TURN_BYTES
+        self._budget = TURN_BYTES
         is_drained = False
         while self._budget > 0:
             try:

@@ -28,7 +28,7 @@ import numpy.typing as npt
 from baton.errors import LayoutMismatch
 from baton.kv_layout import UNIT_TOKENS, KVLayout, ModelKV, kv_head_range
 
-FRAME_BYTES: Final = 2 * 1024 * 1024
+FRAME_BYTES: Final = 4 * 1024 * 1024
 """Most payload bytes of one frame on a stream, unless a single unit is larger."""
 
 FETCHED_FRAME_BYTES: Final = 8 * 1024 * 1024
@@ -123,6 +123,12 @@ class TableRuns:
                 self._cache.clear()
             found = self._cache[key] = self._compute(side, first_token, end_token)
         return found
+
+    def prepare(self, first_token: int, end_token: int) -> None:
+        """Compute the range that will probably be asked for, while there is time."""
+        if first_token < end_token:
+            for layer in range(len(self._sides)):
+                self.runs(layer, first_token, end_token)
 
     def _compute(self, side: LayerSide, first_token: int, end_token: int) -> Runs:
         head_bytes = side.block_size * side.token_bytes

@@ -28,7 +28,7 @@ from kvtransfer.connection import HANDSHAKE_S, Connection, Role
 from kvtransfer.faults import FaultHook
 from kvtransfer.frames import Sink
 from kvtransfer.lanes import Landing
-from kvtransfer.link import OutgoingFrame
+from kvtransfer.link import TURN_BYTES, OutgoingFrame
 from kvtransfer.messages import Data, Message
 from kvtransfer.pool import Extents, Pool, data_digest
 from kvtransfer.protocol import Action, CloseLink, Connect, DataReady, Emit, Send, StopIO
@@ -259,8 +259,10 @@ class TransferThread:
     def _poll_agent(self, agent: nixl.Agent) -> None:
         agent.progress()
         for connection in list(self._switchboard.connections):
+            budget = TURN_BYTES
             try:
-                while connection.remote is not None and (read := connection.remote.poll()) is not None:
+                while budget > 0 and connection.remote is not None and (read := connection.remote.poll()) is not None:
+                    budget -= read.landing.num_bytes
                     arrival = self._arrival(connection, read.frame, read.landing)
                     arrival.fetch(connection.remote.staging, read.staged)
                     self._arrived(connection, arrival)

@@ -12,7 +12,7 @@
 
 namespace {
 
-constexpr size_t TILE = 4096;           // copied, then hashed where it lies, while it is in the innermost cache
+constexpr size_t TILE = 4096;  // copied, then hashed where it lies, while it is in the innermost cache; also how far ahead
 constexpr size_t HASH_BYTES = 256 * 1024;  // received, then hashed, while it is in the core's own cache
 constexpr int MAX_IOV = 512;
 
@@ -54,7 +54,8 @@ int gather(const iovec* pieces, const Cursor& cursor, size_t limit, iovec* out) 
     return count;
 }
 
-void copy_piece(uint8_t* to, const uint8_t* from, size_t num_bytes, xxh3::Digest* digest) {
+// `next`: what will be copied afterwards.
+void copy_piece(uint8_t* to, const uint8_t* from, size_t num_bytes, const uint8_t* next, xxh3::Digest* digest) {
     if (!digest) {
         std::memcpy(to, from, num_bytes);
         return;
@@ -62,11 +63,18 @@ void copy_piece(uint8_t* to, const uint8_t* from, size_t num_bytes, xxh3::Digest
     while (num_bytes) {
         const size_t tile = least(num_bytes, TILE);
         std::memcpy(to, from, tile);
-        xxh3::take(*digest, to, tile, accumulate);
+        xxh3::take(*digest, to, tile, tile < num_bytes ? from + tile : next, accumulate);
         to += tile;
         from += tile;
         num_bytes -= tile;
     }
+}
+
+// `next`: what will be hashed afterwards.
+void hash_piece(const uint8_t* data, size_t num_bytes, const uint8_t* next, xxh3::Digest* digest) {
+    const size_t tail = least(num_bytes, TILE), body = num_bytes - tail;
+    xxh3::take(*digest, data, body, data + TILE, accumulate);
+    xxh3::take(*digest, data + body, tail, next, accumulate);
 }
 
 }  // namespace
@@ -82,9 +90,10 @@ API void baton_digest_width(int32_t width) { accumulate = xxh3::accumulate_of(wi
 API void baton_digest_take(xxh3::Digest* digest, const iovec* pieces, Cursor* cursor, uint64_t num_bytes) {
     while (num_bytes) {
         const size_t here = least(left(pieces, *cursor), num_bytes);
-        xxh3::take(*digest, at(pieces, *cursor), here, accumulate);
+        const uint8_t* data = at(pieces, *cursor);
         advance(pieces, *cursor, here);
         num_bytes -= here;
+        hash_piece(data, here, num_bytes ? at(pieces, *cursor) : data, digest);
     }
 }
 
@@ -96,10 +105,12 @@ API void baton_copy(const iovec* to, const iovec* from, uint64_t num_bytes, xxh3
     Cursor to_at{0, 0}, from_at{0, 0};
     while (num_bytes) {
         const size_t here = least(num_bytes, least(left(to, to_at), left(from, from_at)));
-        copy_piece(at(to, to_at), at(from, from_at), here, digest);
+        uint8_t* destination = at(to, to_at);
+        const uint8_t* source = at(from, from_at);
         advance(to, to_at, here);
         advance(from, from_at, here);
         num_bytes -= here;
+        copy_piece(destination, source, here, num_bytes ? at(from, from_at) : source, digest);
     }
 }
 

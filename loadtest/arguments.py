@@ -55,6 +55,10 @@ def duration(text: str) -> float:
     return value
 
 
+def _cut(text: str) -> float:
+    return 0.0 if text == "0" else duration(text)
+
+
 def slo(text: str) -> dict[str, float]:
     """{"ttft_s", "tpot_s"} from "ttft=200ms,tpot=20ms"."""
     parts = dict(part.split("=", 1) for part in text.split(",") if "=" in part)
@@ -139,8 +143,10 @@ def _add_measuring(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--slo", type=slo, metavar="ttft=T,tpot=T", help="objectives, such as ttft=200ms,tpot=20ms")
     group.add_argument("--clients", type=int, default=1, metavar="N", help="client processes (default 1)")
     group.add_argument("--ray-nodes", metavar="ADDRESS", help="a client process on every node of this Ray cluster")
-    group.add_argument("--warmup", type=duration, metavar="T", help="not measured at the beginning (default: a tenth)")
-    group.add_argument("--cooldown", type=duration, metavar="T", help="not measured at the end (default: a tenth)")
+    group.add_argument(
+        "--warmup", type=_cut, metavar="T", help="not measured at the beginning (default: a tenth; 0: none)"
+    )
+    group.add_argument("--cooldown", type=_cut, metavar="T", help="not measured at the end (default: a tenth; 0: none)")
     group.add_argument("--timeout", type=duration, default=600.0, metavar="T", help="of each request (default 600s)")
 
 

@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace, place: Place | None, links: Sequence[Link
         whole = asyncio.run(_measure(arguments, place, links, watch))
     except (WorkloadError, TraceError, ResultError) as error:
         return _say(error, EXIT_USAGE)
-    except (TargetError, AgentLost, TimeoutError, OSError) as error:
+    except (TargetError, AgentLost, OSError) as error:
         return _say(error, EXIT_FAILED)
     json_path = arguments.json or Path("bench.json")
     result.write(json_path, whole)

@@ -11,6 +11,7 @@ import asyncio
 import dataclasses
 import json
 import math
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -200,7 +201,7 @@ class _Comparison:
                 )
             return plan
         plan = {"format": FORMAT, "settings": settings, "machine": result.machine(), "workloads": {}}
-        plan["command"] = "baton bench compare"
+        plan["command"] = "baton " + shlex.join(sys.argv[1:])
         return plan
 
     def _save_plan(self) -> None:

@@ -168,7 +168,7 @@ class Coordinator:
             member.share = list(requests[place :: len(members)])
         self._num_loads += 1
         run_id = f"{self._name}-{self._num_loads}"
-        async with asyncio.timeout(_START_S):
+        async with _in_time():
             for member in members:
                 for part in _lines(member.share):
                     await member.link.send({"load": [request.to_json() for request in part]})
@@ -193,7 +193,7 @@ class Coordinator:
     async def greet(self, api_key: str | None) -> None:
         """Tell every agent its target and learn its clock."""
         first = {"target": self._target.to_json(), "api_key": api_key}
-        async with asyncio.timeout(_START_S):
+        async with _in_time():
             for member in self._members:
                 await member.link.send(first)
             for member in self._members:
@@ -251,6 +251,15 @@ async def coordinating(
     finally:
         for link in members:
             await link.close()
+
+
+@contextlib.asynccontextmanager
+async def _in_time() -> AsyncIterator[None]:
+    try:
+        async with asyncio.timeout(_START_S):
+            yield
+    except TimeoutError:
+        raise AgentLost(f"the client processes were not ready within {_START_S:g} s") from None
 
 
 def _lines(requests: Sequence[LoadRequest]) -> Iterator[list[LoadRequest]]:

@@ -20,7 +20,7 @@ class Outcome:
     index: int
     scheduled: float
     written: float | None = None
-    """When the last byte of the request had been handed to the kernel; None if it never was."""
+    """When the request had been handed to its socket; None if it never was."""
     connect_s: float = 0.0
     """Time spent on a new connection: the server's and the network's, so no lag of the harness."""
     times: array[float] = field(default_factory=lambda: array("d"))

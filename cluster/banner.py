@@ -117,7 +117,9 @@ def _shape(workers: Sequence[WorkerPlan], config: Config) -> str:
     text = f"{shape}, started " + (f"by {where}" if config.cluster.launcher == "ray" else "directly")
     if any(plan.role == "prefill" for plan in workers):
         text += f"; KV moves by {', else '.join(config.kv_transports)}"
-    return text + ("; TLS between processes" if config.is_encrypted else "")
+    if config.is_encrypted:
+        text += "; TLS between processes" + (", but for shared memory" if "shm" in config.transfer.transports else "")
+    return text
 
 
 def _worker(plan: WorkerPlan, facts: UnitFacts) -> str:

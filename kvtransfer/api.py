@@ -158,7 +158,7 @@ class LinkReport:
     tp_rank: int
     """Of the peer; -1: no rank, the whole worker can not be sent to."""
     transport: str
-    """How KV travels: "tcp" | "tcp+tls" | "shm" | "local"; "": there is no link."""
+    """How KV travels: "tcp" | "tcp+tls" | "shm" | "nixl" | "local"; "": there is no link."""
     reason: str = ""
     """Why there is none."""
 

@@ -263,7 +263,7 @@ def test_a_large_transfer_arrives_whole_over_records_of_every_size() -> None:
 def test_what_a_link_holds_back_at_the_end_of_its_turn_is_read_without_a_further_byte(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("kvtransfer.link._TURN_BYTES", 4096)
+    monkeypatch.setattr("kvtransfer.link.TURN_BYTES", 4096)
     kv = pattern(BIG_MODEL, NUM_TOKENS)
     settings = {"transport": "tcp+tls", "model": BIG_MODEL, "clock": ManualClock()}  # no heartbeats
     with closing(make_worker("p", **settings), make_worker("d", **settings)) as (source, destination):  # type: ignore[arg-type]

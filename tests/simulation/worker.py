@@ -432,6 +432,12 @@ class SimWorker:
         if not self.is_dead:
             self.front.deliver(pack(message))
 
+    def connect(self, peer: PeerWorker) -> None:
+        """The supervisor names a worker that this one may send to."""
+        for rank in self.ranks:
+            if not rank.is_ended:
+                rank.endpoint.connect(peer)
+
     def kill(self, *, silently: bool = False) -> None:
         """All its processes are gone. Idempotent."""
         self.is_dead = True

@@ -76,6 +76,8 @@ class World:
         self.seed = seed
         self.mode = mode
         self.rng = random.Random(f"{mode} {seed}")
+        self._introductions = random.Random(f"introductions {mode} {seed}")
+        self._introduces = self._introductions.random() < 0.5
         rng = self.rng
         self.scheduler = Scheduler()
         self.model = oracle.model(rng.choice((1, 2, 3)), rng.choice((1, 2, 2, 4)))
@@ -147,7 +149,17 @@ class World:
         """A new incarnation."""
         self._num_starts += 1
         worker = self.workers[shape.name] = SimWorker(self, shape, self._num_starts)
+        if self._introduces:
+            for other in self.live_workers:
+                self._introduce(worker, other)
+                self._introduce(other, worker)
         return worker
+
+    def _introduce(self, source: SimWorker, destination: SimWorker) -> None:
+        """As the supervisor does: links are there before the first request."""
+        if source is not destination and source.shape.role != "decode" and destination.shape.role != "prefill":
+            peer = destination.peer
+            self.scheduler.after(self._introductions.uniform(0.0, 0.1), lambda: source.connect(peer))
 
     def start_router(self) -> Router:
         """A new router process."""

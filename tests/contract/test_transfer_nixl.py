@@ -13,13 +13,15 @@ import numpy as np
 import pytest
 
 from baton.kv_layout import KVGeometry, KVLayout
-from kvtransfer.api import EndpointConfig, Failed, Quiesced, ReserveRequested
+from kvtransfer.api import EndpointConfig, Failed, Quiesced, ReserveRequested, TransferId
 from kvtransfer.endpoint import Endpoint
+from kvtransfer.transports.nixl import RemotePool
 from tests.contract.test_transfer_endpoint import transfer
 from tests.support.transfer import (
     MODEL,
     NIXL,
     SECRET,
+    Worker,
     closing,
     kvtransfer_threads,
     make_worker,
@@ -114,8 +116,9 @@ def test_memory_beside_the_exposed_pool_can_not_be_read() -> None:
         assert not np.frombuffer(destination.leader.buffer, np.uint8).any()
 
 
-@needs_nixl
-def test_a_read_that_outlives_its_transfer_never_reaches_the_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def stuck(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Worker, Child, TransferId, RemotePool]]:
+    """A receiver whose read is under way, from a sender that stands still."""
     monkeypatch.setenv("UCX_TLS", "tcp,self")  # between two hosts, the sender's process takes part in a read
     num_tokens, table = 60, [3, 1, 2, 0]
     destination, sender = make_worker("d", transport="nixl"), Child("p", "nixl", "")
@@ -134,21 +137,52 @@ def test_a_read_that_outlives_its_transfer_never_reaches_the_pool(monkeypatch: p
         sender.ask("write", id=transfer_id.hex(), layers=[0], num_tokens=num_tokens, seed=0, table=table)
         sender.ask("sent", id=transfer_id.hex(), num_bytes=num_tokens * 2 * 4 * 16)
         sender.signal(signal.SIGSTOP)
-        os.waitpid(sender._process.pid, os.WUNTRACED)  # now it stands
+        os.waitpid(sender._process.pid, os.WUNTRACED)
         release.set()
         (remote,) = [connection.remote for connection in thread._switchboard.connections]
+        assert remote is not None
         destination.leader.wait_for(lambda: remote.is_busy)
-
-        destination.leader.endpoint.abort(transfer_id, "enough")
-        destination.leader.expect(Quiesced, transfer_id)
-        np.frombuffer(destination.leader.buffer, np.uint8)[:] = 0xA5  # the blocks have a new owner
-        assert remote.is_busy
-
-        sender.signal(signal.SIGCONT)
-        destination.leader.wait_for(lambda: not remote.is_busy)
-        assert (np.frombuffer(destination.leader.buffer, np.uint8) == 0xA5).all()
-        assert destination.leader.endpoint.stats().stale_frames_dropped == 1
+        yield destination, sender, transfer_id, remote
     finally:
         release.set()
         sender.close()
         destination.close()
+
+
+@needs_nixl
+def test_a_read_that_outlives_its_transfer_never_reaches_the_pool(
+    stuck: tuple[Worker, Child, TransferId, RemotePool],
+) -> None:
+    destination, sender, transfer_id, remote = stuck
+    destination.leader.endpoint.abort(transfer_id, "enough")
+    destination.leader.expect(Quiesced, transfer_id)
+    np.frombuffer(destination.leader.buffer, np.uint8)[:] = 0xA5  # the blocks have a new owner
+    assert remote.is_busy
+    sender.signal(signal.SIGCONT)
+    destination.leader.wait_for(lambda: not remote.is_busy)
+    assert (np.frombuffer(destination.leader.buffer, np.uint8) == 0xA5).all()
+    assert destination.leader.endpoint.stats().stale_frames_dropped == 1
+
+
+@needs_nixl
+def test_staging_memory_stays_until_the_read_of_a_dead_peer_has_failed(
+    stuck: tuple[Worker, Child, TransferId, RemotePool],
+) -> None:
+    destination, sender, transfer_id, remote = stuck
+    sender.signal(signal.SIGKILL)
+    assert "lost" in destination.leader.expect(Failed, transfer_id).reason
+    agent = destination.leader.endpoint._thread._agent
+    assert agent is not None
+    destination.leader.wait_for(lambda: not agent._remotes)
+    assert not remote.is_busy
+
+
+@needs_nixl
+def test_an_endpoint_closes_in_time_with_a_read_under_way(
+    stuck: tuple[Worker, Child, TransferId, RemotePool],
+) -> None:
+    destination, _, transfer_id, remote = stuck
+    assert remote.is_busy
+    destination.leader.endpoint.close()
+    assert kvtransfer_threads() == []
+    assert "closed" in destination.leader.expect(Failed, transfer_id).reason

@@ -124,10 +124,14 @@ def parser() -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="send a load and measure it", description=_BENCH_TEXT)
     bench_arguments.add_to(bench)
 
+    scale = commands.add_parser("scale", help="more or fewer workers of a running server")
+    for role in ("prefill", "decode", "mixed"):
+        scale.add_argument(f"--{role}", type=int, metavar="N", help=f"so many {role} workers")
+
     down = commands.add_parser("down", help="end a server of yours")
     down.add_argument("--all", action="store_true", help="end all of them")
 
-    for command in (chat, status, trace, down):
+    for command in (chat, status, trace, scale, down):
         command.add_argument("--url", metavar="URL", help="of the server, if several run")
         command.add_argument("--port", type=int, metavar="N", help="HTTP port of the server, if several run")
     commands.add_parser("version", help="versions of Baton and of what it uses")
@@ -174,6 +178,12 @@ def _bench(arguments: argparse.Namespace) -> int:
     return bench.run(arguments)
 
 
+def _scale(arguments: argparse.Namespace) -> int:
+    from cluster import scale
+
+    return scale.run(arguments)
+
+
 def _down(arguments: argparse.Namespace) -> int:
     from cluster import down
 
@@ -191,6 +201,7 @@ _COMMANDS: Final = {
     "status": _status,
     "trace": _trace,
     "bench": _bench,
+    "scale": _scale,
     "down": _down,
     "version": _version,
 }

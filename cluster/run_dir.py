@@ -59,6 +59,11 @@ class RunDir:
         """The embedded Ray's session."""
         return self.path / "ray"
 
+    @property
+    def control(self) -> Path:
+        """Where the supervisor takes commands."""
+        return self.path / "control.sock"
+
     def mark_failed(self) -> None:
         """Keep the logs of this directory when it goes."""
         with contextlib.suppress(OSError):

@@ -6,6 +6,7 @@ It knows neither what a process is told (cluster.topology.Orders) nor how one is
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import secrets
 import signal
@@ -14,7 +15,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final
 
 from baton.config import Config
-from cluster import guardian, process_tree, topology
+from cluster import control, guardian, process_tree, topology
 from cluster.banner import StartUp, UnitFacts, banner
 from cluster.console import Console
 from cluster.host import LogLine, Report
@@ -31,6 +32,8 @@ _ORPHAN_S: Final = 1.0
 """An orphan needs a moment to die, and a child's own watcher a moment to notice."""
 _CAN_DECODE: Final = ("decode", "mixed")
 _CAN_SEND: Final = ("prefill", "mixed")
+_DRAIN_S: Final = 60.0
+"""How long a worker that leaves may finish what it does."""
 _INTRODUCTION_S: Final = 5.0
 """How long the greeting waits to know how KV travels."""
 
@@ -76,6 +79,10 @@ class Supervisor:
         self._ports = {name: self._wanted_ports(index) for name, index in self._routers.items()}
         self._fleet: dict[str, str] = {}
         self._links = KVLinks()
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        """What keeps each worker."""
+        self._drained: dict[str, asyncio.Event] = {}
+        self._scaling = asyncio.Lock()
         self._facts = {name: UnitFacts() for name in self._ready}
 
     async def run(self) -> None:
@@ -89,10 +96,15 @@ class Supervisor:
             async with asyncio.TaskGroup() as group:
                 opening = group.create_task(self._open_launcher())
                 routers = [group.create_task(self._keep(name, self._start_router)) for name in self._routers]
-                workers = [group.create_task(self._keep(name, self._start_worker)) for name in self._workers]
-                helpers = [group.create_task(self._announce()), group.create_task(self._reap_orphans())]
+                for name in self._workers:
+                    self._tasks[name] = group.create_task(self._keep(name, self._start_worker))
+                helpers = [
+                    group.create_task(self._announce()),
+                    group.create_task(self._reap_orphans()),
+                    group.create_task(control.serve(self._run, lambda command: self._on_command(group, command))),
+                ]
                 await self._stop.wait()
-                for tasks in (helpers, routers, [*workers, opening]):
+                for tasks in (helpers, routers, [*self._tasks.values(), opening]):
                     await _cancel(tasks)
         except* StartFailed as failures:
             if not self._stop.is_set():
@@ -155,6 +167,61 @@ class Supervisor:
             before = process_tree.zombies()
             await asyncio.sleep(_ORPHAN_S)
             process_tree.reap(before & process_tree.zombies())
+
+    async def _on_command(self, group: asyncio.TaskGroup, command: control.Command) -> str:
+        """What other commands of the user ask; a sentence for them.
+
+        Raises:
+            CommandError: it can not be done.
+        """
+        if command.get("command") != "scale":
+            raise control.CommandError(f"unknown command {command.get('command')}")
+        if not self._start_up.is_finished:
+            raise control.CommandError("the server is still starting")
+        if self._config.cluster.launcher == "ray" and self._config.cluster.address is None:
+            raise control.CommandError(
+                "an embedded Ray has room for its first workers only; use --launcher local or --address"
+            )
+        if self._scaling.locked():
+            raise control.CommandError("the server is being scaled already")
+        async with self._scaling:
+            return await self._scale(
+                group, topology.plan_scaled(self._config, self._workers.values(), command["workers"])
+            )
+
+    async def _scale(self, group: asyncio.TaskGroup, wanted: Sequence[WorkerPlan]) -> str:
+        """Start the workers that are missing, wait until they serve, and end the others, drained."""
+        plans = {plan.worker_id: plan for plan in wanted}
+        new = [name for name in plans if name not in self._workers]
+        old = [name for name in self._workers if name not in plans]
+        for name in new:
+            self._workers[name], self._facts[name], self._ready[name] = plans[name], UnitFacts(), asyncio.Event()
+            self._tasks[name] = group.create_task(self._keep(name, self._start_worker))
+        try:
+            async with asyncio.timeout(self._config.cluster.startup_timeout_s):
+                for name in new:
+                    await self._ready[name].wait()
+        except TimeoutError:
+            missing = ", ".join(name for name in new if not self._ready[name].is_set())
+            raise control.CommandError(f"{missing} not ready yet; the server goes on trying") from None
+        for name in old:
+            await self._retire(name)
+        text = "; ".join([f"{name} joined" for name in new] + [f"{name} left" for name in old]) or "nothing to do"
+        self._console.say(f"scaled: {text}", joined=new, left=old)
+        return text
+
+    async def _retire(self, name: str) -> None:
+        """End a worker when it has nothing left to do; what it still does after a while goes on elsewhere."""
+        self._drained[name] = asyncio.Event()
+        if (unit := self._units.get(name)) is not None:
+            unit.tell(topology.FRONT, {"event": "drain"})
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_DRAIN_S):
+                    await self._drained[name].wait()
+        await _cancel([self._tasks.pop(name)])
+        for known in (self._workers, self._facts, self._ready, self._drained):
+            known.pop(name)
+        self._write_state()
 
     def _grace_s(self, name: str) -> float:
         """How long a healthy unit may take to end."""
@@ -291,11 +358,14 @@ class Supervisor:
         facts = self._facts[name]
         return name, facts.incarnation, list((facts.reports or {})[topology.FRONT].get("transfer", ()))
 
+    def _is_of(self, worker_id: str, incarnation: str) -> bool:
+        """Is this the worker's present start?"""
+        return worker_id in self._facts and self._facts[worker_id].incarnation == incarnation
+
     def _on_worker(self, name: str, report: Report) -> None:
-        if (
-            report.event == "link"
-            and report.fields["incarnation"] == self._facts[report.fields["worker_id"]].incarnation
-        ):
+        if report.event == "drained" and name in self._drained:
+            self._drained[name].set()
+        elif report.event == "link" and self._is_of(report.fields["worker_id"], report.fields["incarnation"]):
             peer, transport, reason = (str(report.fields[key]) for key in ("worker_id", "transport", "reason"))
             self._links.heard(name, report.process, peer, transport)
             if not transport and peer in self._fleet and not self._stop.is_set():

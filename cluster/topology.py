@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -22,6 +22,8 @@ _DEMO: Final = "demo"
 SIM_MODEL_NAME: Final = "baton-sim"
 ROUTER: Final = "router"
 FRONT: Final = "front"
+_ROLES: Final = ("prefill", "decode", "mixed")
+_MAX_WORKERS: Final = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +87,29 @@ def plan_workers(config: Config, available_cores: Sequence[int]) -> tuple[Worker
         plans.append(WorkerPlan(worker_id, role, tp_size, tuple(cores[:tp_size])))
         cores = cores[tp_size:]
     return tuple(plans)
+
+
+def plan_scaled(config: Config, plans: Iterable[WorkerPlan], wanted: Mapping[str, int]) -> tuple[WorkerPlan, ...]:
+    """The workers with as many of the `wanted` roles as asked; those that stay are as they were.
+
+    Raises:
+        ValueError: no such role, or nobody would decode.
+    """
+    kept = {plan.worker_id: plan for plan in plans}
+    counts = {role: sum(plan.role == role for plan in kept.values()) for role in _ROLES}
+    for role, count in wanted.items():
+        if role not in _ROLES or not isinstance(count, int) or not 0 <= count <= _MAX_WORKERS:
+            raise ValueError(f"{count} {role} workers: a number of 0 to {_MAX_WORKERS}, of {', '.join(_ROLES)}")
+        counts[role] = count
+    if counts["decode"] + counts["mixed"] == 0:
+        raise ValueError("no worker would decode: --decode or --mixed must be at least 1")
+    prefill_tp = config.topology.tp if config.topology.prefill_tp is None else config.topology.prefill_tp
+    names = [(f"{role}-{index}", role) for role, count in counts.items() for index in range(count)]
+    scaled = []
+    for name, role in names:
+        tp_size = prefill_tp if role == "prefill" else config.topology.tp
+        scaled.append(kept.get(name) or WorkerPlan(name, role, tp_size, ((),) * tp_size))
+    return tuple(scaled)
 
 
 def _share_cores(available: Sequence[int], num_ranks: int, threads: int) -> list[tuple[int, ...]]:

@@ -23,6 +23,7 @@ from worker.channel import configure, endpoint, pack, unpack
 from worker.service import TokenAuth, WorkerService
 
 _STATUS_TIMEOUT_S = 2.0
+_LOOK_AGAIN_S = 0.5
 
 
 class _Leader:
@@ -110,7 +111,13 @@ async def _serve(spec: FrontSpec, link: ParentLink) -> None:
     def parent_gone() -> None:
         loop.call_soon_threadsafe(stopped.set)
 
-    link.watch(lambda _: None, parent_gone)
+    drain_asked = asyncio.Event()
+
+    def on_message(message: dict[str, Any]) -> None:
+        if message["event"] == "drain":
+            loop.call_soon_threadsafe(drain_asked.set)
+
+    link.watch(on_message, parent_gone)
     context = zmq.asyncio.Context()
     socket = context.socket(zmq.PAIR)
     configure(socket)
@@ -158,7 +165,11 @@ async def _serve(spec: FrontSpec, link: ParentLink) -> None:
             timings={"wait_for_ranks": round(time.monotonic() - began, 3)},
         )
         async with asyncio.TaskGroup() as tasks:
-            loops = [tasks.create_task(leader.send_loop()), tasks.create_task(leader.receive_loop(service))]
+            loops = [
+                tasks.create_task(leader.send_loop()),
+                tasks.create_task(leader.receive_loop(service)),
+                tasks.create_task(_drain(drain_asked, service, link)),
+            ]
             await ended
             await server.stop(0.2)
             for task in loops:
@@ -166,3 +177,15 @@ async def _serve(spec: FrontSpec, link: ParentLink) -> None:
     finally:
         socket.close(linger=0)
         context.destroy(linger=0)
+
+
+async def _drain(asked: asyncio.Event, service: WorkerService, link: ParentLink) -> None:
+    """Once asked, take nothing new, and report when what runs has ended."""
+    await asked.wait()
+    service.drain()
+    is_idle = False
+    while not is_idle:
+        await asyncio.sleep(_LOOK_AGAIN_S)  # the first router's heartbeat must be out, too
+        with contextlib.suppress(TimeoutError):
+            is_idle = await service.is_idle()
+    link.report("drained")

@@ -110,6 +110,18 @@ class WorkerService:
         self._heartbeat_s = heartbeat_s
         self._started = time.monotonic()
         self._sessions: dict[str, RouterSession] = {}
+        self._is_draining = False
+
+    def drain(self) -> None:
+        """Take nothing new from here on; routers hear of it with the next heartbeat."""
+        self._is_draining = True
+        self._leader.tell("drain")
+
+    async def is_idle(self) -> bool:
+        """Whether nothing runs or moves here any more. Raises TimeoutError if the leader does not say."""
+        status = await self._leader.status()
+        transfers = {kind: count for kind, count in status["transfers"].items() if kind != "links"}
+        return not any(status["sequences"].values()) and not any(transfers.values())
 
     def push(self, router_id: str, items: list[list[Any]]) -> None:
         """Events for a router; dropped if it has no session (its attempts are being aborted)."""
@@ -258,6 +270,7 @@ class WorkerService:
             num_running=running,
             num_waiting=waiting,
             num_free_blocks=available,
+            draining=self._is_draining,
         )
 
 

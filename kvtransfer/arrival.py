@@ -25,7 +25,7 @@ class Arrival:
         self, frame: Data, landing: Landing, pool: Pool, context: bytes | None, faults: FaultHook | None
     ) -> None:
         """`context` None: do not verify."""
-        self.frame: Final = frame
+        self.frame = frame
         self.landing: Final = landing
         self.extents: Final = Extents(pool, landing.parts, landing.num_bytes)
         self._context = context
@@ -42,6 +42,10 @@ class Arrival:
         if self._digest is None or self._context is None:
             return True
         return seal(self._context, self.frame, self._digest.result()) == self.frame.digest
+
+    def seal(self, digest: bytes) -> None:
+        """The digest that the frame did not carry."""
+        self.frame = self.frame._replace(digest=digest)
 
     def views(self) -> list[memoryview]:
         """Where all its bytes go, in order."""

@@ -5,20 +5,24 @@ from __future__ import annotations
 import enum
 import os
 import socket
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Final, Protocol
+from typing import Final, Protocol, TypeAlias
 
-from kvtransfer.api import PeerRank
+from kvtransfer.api import PeerRank, TransferId
 from kvtransfer.arrival import Arrival
 from kvtransfer.auth import Acceptor, Connector, LinkKey, Refusal, RefusalCode, Session
 from kvtransfer.frames import Sink
 from kvtransfer.link import Link, OutgoingFrame
-from kvtransfer.messages import Goodbye, Hello, Message, ProtocolError, code_of, is_handshake
+from kvtransfer.messages import Data, Goodbye, Hello, Message, ProtocolError, code_of, is_handshake
 from kvtransfer.plan import FETCHED_FRAME_BYTES, FRAME_BYTES
+from kvtransfer.pool import Extents
 from kvtransfer.transports import nixl, shm
 from kvtransfer.transports.tls import TlsSocket
 
+FrameName: TypeAlias = tuple[TransferId, int, int, int, int]
+"""Transfer, first layer, number of layers, first unit, number of units."""
 HANDSHAKE_S: Final = 2.0
 """How long a connection may take to be made, and a peer to authenticate."""
 
@@ -93,6 +97,10 @@ class Connection:
         self.session: Session | None = None
         self.arrival: Arrival | None = None
         """Receiver: the data frame whose payload is being read."""
+        self.to_seal: Final[deque[tuple[Data, Extents]]] = deque()
+        """Sender: data frames that went without their digest."""
+        self.unsealed: Final[dict[FrameName, Arrival]] = {}
+        """Receiver: data frames whose bytes are in place and whose digest has not come."""
         self.mapped: shm.MappedPool | None = None
         """Receiver on shared memory: the sender's pool."""
         self.remote: nixl.RemotePool | None = None
@@ -149,6 +157,8 @@ class Connection:
             return
         self.is_closed = True
         self.arrival = None
+        self.to_seal.clear()
+        self.unsealed.clear()
         self.link.close()
         if self.mapped is not None:
             self.mapped.close()

@@ -12,15 +12,13 @@ from typing import Final, NamedTuple
 
 from baton.kv_layout import UNIT_TOKENS
 from kvtransfer.api import TransferId
-from kvtransfer.messages import DIGEST_BYTES, Data
+from kvtransfer.messages import NO_DIGEST, Data
 from kvtransfer.plan import FETCHED_FRAME_BYTES, FRAME_BYTES, CopyPlan, Part, TableRuns
 
-_NO_DIGEST: Final = bytes(DIGEST_BYTES)
 _MAX_CACHED_SOURCES: Final = 16
 _FIRST_FRAME_BYTES: Final = 512 * 1024
-"""Frames grow with what has been sent, so that the receiver starts early and has few frames to handle later."""
+"""Frames of a stream grow with what has been sent, so that the receiver starts early and has few to handle later."""
 _GROWTH: Final = 3
-"""Frames grow so fast: about as much faster as a sender makes a digest than a receiver copies."""
 _WINDOW_PARTS: Final = 4
 """A receiver returns credit when a quarter of the window is consumed; a sender's frame takes at most half of it."""
 
@@ -116,7 +114,7 @@ class SendLane:
         if not self._ready or plan is None or runs is None:
             return None
         limit_bytes = min(FETCHED_FRAME_BYTES if name_blocks else FRAME_BYTES, self._window_bytes // 2)
-        max_bytes = min(limit_bytes, max(_FIRST_FRAME_BYTES, _GROWTH * self.bytes_sent))
+        max_bytes = limit_bytes if name_blocks else min(limit_bytes, max(_FIRST_FRAME_BYTES, _GROWTH * self.bytes_sent))
         layer = next(iter(self._ready))
         first, limit = self._sent_tokens[layer], sendable(layer)
         end = plan.frame_end(layer, first, limit, max_bytes)
@@ -142,7 +140,7 @@ class SendLane:
         blocks = self._name_blocks(first, end) if name_blocks else b""
         first_unit, end_unit = first // UNIT_TOKENS, -(-end // UNIT_TOKENS)
         ranks = plan.source.tp_rank, plan.destination.tp_rank
-        frame = Data(transfer_id, *ranks, layer, num_layers, first_unit, end_unit - first_unit, _NO_DIGEST, blocks)
+        frame = Data(transfer_id, *ranks, layer, num_layers, first_unit, end_unit - first_unit, NO_DIGEST, blocks)
         return Outgoing(frame, [(number, runs.runs(number, first, end)) for number in layers], num_bytes)
 
     def _name_blocks(self, first_token: int, end_token: int) -> bytes:

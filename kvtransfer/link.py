@@ -14,7 +14,7 @@ from typing import Final, NamedTuple
 from kvtransfer.api import TransferId
 from kvtransfer.departure import Departure
 from kvtransfer.frames import FrameReader, Sink, Tagger, encode_frame
-from kvtransfer.messages import Data, Message, ProtocolError
+from kvtransfer.messages import Data, Message, ProtocolError, Seal
 from kvtransfer.native.library import library
 from kvtransfer.plan import HASH_BYTES
 from kvtransfer.pool import Extents
@@ -29,12 +29,12 @@ _MAX_FDS: Final = 1
 
 
 class OutgoingFrame(NamedTuple):
-    """A data frame to write: the message, and its payload for a stream."""
+    """A data frame to write: the message, and its payload for a stream; or the seal of one."""
 
-    message: Data
+    message: Data | Seal
     payload: Extents | list[memoryview]
     num_bytes: int
-    """Bytes that the frame moves, on the stream or by shared memory."""
+    """Bytes that the frame moves or a seal is made of, on the stream or in shared memory."""
 
 
 class LinkClosed(Exception):

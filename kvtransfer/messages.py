@@ -16,6 +16,7 @@ from kvtransfer.api import TransferId
 
 TRANSFER_ID_BYTES: Final = 16
 DIGEST_BYTES: Final = 16
+NO_DIGEST: Final = bytes(DIGEST_BYTES)
 NONCE_BYTES: Final = 32
 MAC_BYTES: Final = 32
 MAX_TEXT_BYTES: Final = 1024
@@ -134,7 +135,7 @@ class Data(NamedTuple):
     """Units [first_unit, first_unit + num_units) of some layers from one rank to another.
 
     On a stream the payload follows; on shared memory `source_blocks` (little-endian u32) names the sender's blocks
-    that hold the units and the receiver fetches them.
+    that hold the units and the receiver fetches them. There the digest may be `NO_DIGEST`: a Seal follows.
     """
 
     transfer_id: TransferId
@@ -146,6 +147,17 @@ class Data(NamedTuple):
     num_units: int
     digest: bytes
     source_blocks: bytes
+
+
+class Seal(NamedTuple):
+    """Sending rank on shared memory: the digest of a Data frame that went without, made while the receiver copies."""
+
+    transfer_id: TransferId
+    first_layer: int
+    num_layers: int
+    first_unit: int
+    num_units: int
+    digest: bytes
 
 
 class Credit(NamedTuple):
@@ -190,7 +202,7 @@ class Pong(NamedTuple):
 
 Handshake: TypeAlias = Hello | Challenge | Proof | Welcome | Goodbye
 TransferMessage: TypeAlias = (
-    Reserve | Announce | Grant | Refuse | Accept | Data | Credit | Manifest | Complete | Abort | Ping | Pong
+    Reserve | Announce | Grant | Refuse | Accept | Data | Seal | Credit | Manifest | Complete | Abort | Ping | Pong
 )
 Message: TypeAlias = Handshake | TransferMessage
 
@@ -212,6 +224,7 @@ _CODES: Final[Mapping[type[Message], int]] = {
     Abort: 25,
     Ping: 26,
     Pong: 27,
+    Seal: 28,
 }
 _TYPES: Final[Mapping[int, type[Message]]] = {code: cls for cls, code in _CODES.items()}
 _UNLIMITED: Final = frozenset({_CODES[Reserve], _CODES[Manifest]})
@@ -263,6 +276,7 @@ _FIELDS: Final[Mapping[type[Message], tuple[Check, ...]]] = {
     Refuse: (_id, _text, _text),
     Accept: (_id, _u32, _u63),
     Data: (_id, _u32, _u32, _u32, _u32, _u32, _u32, _digest, _blob),
+    Seal: (_id, _u32, _u32, _u32, _u32, _digest),
     Credit: (_id, _u63),
     Manifest: (_id, _blob),
     Complete: (_id,),

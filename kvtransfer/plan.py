@@ -31,8 +31,8 @@ from baton.kv_layout import UNIT_TOKENS, KVLayout, ModelKV, kv_head_range
 FRAME_BYTES: Final = 4 * 1024 * 1024
 """Most payload bytes of one frame on a stream, unless a single unit is larger."""
 
-FETCHED_FRAME_BYTES: Final = 8 * 1024 * 1024
-"""The same where the receiver fetches the bytes: nothing waits behind them on the connection."""
+FETCHED_FRAME_BYTES: Final = 4 * 1024 * 1024
+"""The same where the receiver fetches the bytes."""
 
 HASH_BYTES: Final = 256 * 1024
 """Where there is no native code, bytes are copied and hashed in pieces that stay in a core's own cache in between."""

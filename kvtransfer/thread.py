@@ -24,18 +24,18 @@ from kvtransfer.api import (
 )
 from kvtransfer.arrival import Arrival
 from kvtransfer.auth import LinkKey
-from kvtransfer.connection import HANDSHAKE_S, Connection, Role
+from kvtransfer.connection import HANDSHAKE_S, Connection, FrameName, Role
 from kvtransfer.faults import FaultHook
 from kvtransfer.frames import Sink
 from kvtransfer.lanes import Landing
 from kvtransfer.link import TURN_BYTES, OutgoingFrame
-from kvtransfer.messages import Data, Message
+from kvtransfer.messages import NO_DIGEST, Data, Message, Seal
 from kvtransfer.pool import Extents, Pool, data_digest
 from kvtransfer.protocol import Action, CloseLink, Connect, DataReady, Emit, Send, StopIO
 from kvtransfer.receiving import ReceiveSide
 from kvtransfer.sending import SendSide
 from kvtransfer.switchboard import Listener, Switchboard
-from kvtransfer.transports import nixl
+from kvtransfer.transports import nixl, shm
 
 log = logging.getLogger("kvtransfer")
 
@@ -242,6 +242,11 @@ class TransferThread:
             if connection.link.stop_io(transfer_id):
                 connection.arrival = None
                 self.receive.num_stale += 1
+            for name in [name for name in connection.unsealed if name[0] == transfer_id]:
+                del connection.unsealed[name]
+                self.receive.num_stale += 1
+            for item in [item for item in connection.to_seal if item[0].transfer_id == transfer_id]:
+                connection.to_seal.remove(item)
             if connection.remote is not None:
                 self.receive.num_stale += connection.remote.drop(transfer_id)
 
@@ -303,7 +308,9 @@ class TransferThread:
 
     def end(self, connection: Connection, message: Message) -> None:
         """A message is complete."""
-        if type(message) is not Data or connection.role is not Role.RECEIVER:
+        if type(message) is Seal and connection.mapped is not None:
+            self._sealed(connection, message)
+        elif type(message) is not Data or connection.role is not Role.RECEIVER:
             self._side(connection.role).on_message(self._now, connection.key, message)
         elif connection.is_fetched:
             landing = self.receive.begin_data(self._clock.now(), connection.key, message, None)
@@ -320,28 +327,50 @@ class TransferThread:
             connection.link.charge(landing.num_bytes)
             arrival = self._arrival(connection, message, landing)
             arrival.fetch(connection.mapped.pool, landing.source_parts)
-            self._arrived(connection, arrival)
+            if message.digest == NO_DIGEST and connection.session is not None and connection.session.verify:
+                connection.unsealed[_name(message)] = arrival
+            else:
+                self._arrived(connection, arrival)
         elif connection.remote is not None:
             connection.remote.read(nixl.Read(message, landing))
 
+    def _sealed(self, connection: Connection, seal: Seal) -> None:
+        """The digest of a frame whose bytes are in place."""
+        arrival = connection.unsealed.pop(_name(seal), None)
+        if arrival is None:
+            self.receive.num_stale += 1
+            return
+        arrival.seal(seal.digest)
+        self._arrived(connection, arrival)
+
     def pull(self, connection: Connection) -> OutgoingFrame | None:
-        """The next data frame of a link."""
+        """The next data frame of a link, or the seal of an earlier one."""
         if connection.role is not Role.SENDER:
             return None
         outgoing = self.send.next_data(connection.key, name_blocks=connection.is_fetched)
         if outgoing is None:
-            return None
+            return self._next_seal(connection)
         session = connection.session
         assert session is not None
         frame = outgoing.frame
         extents = Extents(self._pool, outgoing.parts, outgoing.num_bytes)
-        if session.verify:
+        if session.verify and connection.transport == shm.NAME and self._faults is None:
+            connection.to_seal.append((frame, extents))  # the receiver copies while the digest is made
+        elif session.verify:
             frame = frame._replace(digest=data_digest(session.context, frame, extents))
         payload: Extents | list[memoryview] = extents
         if self._faults is not None:
             payload = self._faults.before_send(frame, extents.views())
         self._bytes_sent += outgoing.num_bytes
         return OutgoingFrame(frame, [] if connection.is_fetched else payload, outgoing.num_bytes)
+
+    def _next_seal(self, connection: Connection) -> OutgoingFrame | None:
+        if not connection.to_seal:
+            return None
+        assert connection.session is not None
+        frame, extents = connection.to_seal.popleft()
+        digest = data_digest(connection.session.context, frame, extents)
+        return OutgoingFrame(Seal(*_name(frame), digest), [], extents.num_bytes)
 
     def _tell_link(self, report: LinkReport) -> None:
         if self.on_link is not None:
@@ -380,3 +409,7 @@ class TransferThread:
         self._publish()
         if self.failure is not None and self.on_events is not None:
             self.on_events()
+
+
+def _name(frame: Data | Seal) -> FrameName:
+    return frame.transfer_id, frame.first_layer, frame.num_layers, frame.first_unit, frame.num_units

@@ -60,6 +60,7 @@ MESSAGES: dict[type[Message], st.SearchStrategy[Any]] = {
     messages.Refuse: st.tuples(ids, text, text),
     messages.Accept: st.tuples(ids, u32, u63),
     messages.Data: st.tuples(ids, u32, u32, u32, u32, u32, u32, ids, blobs),
+    messages.Seal: st.tuples(ids, u32, u32, u32, u32, ids),
     messages.Credit: st.tuples(ids, u63),
     messages.Manifest: st.tuples(ids, blobs),
     messages.Complete: st.tuples(ids),

@@ -133,6 +133,11 @@ class TableRuns:
     def _compute(self, side: LayerSide, first_token: int, end_token: int) -> Runs:
         head_bytes = side.block_size * side.token_bytes
         half_bytes = side.num_local_heads * head_bytes
+        is_whole = self._group_tokens == side.block_size and side.num_heads == side.num_local_heads
+        if is_whole and not first_token % side.block_size and not end_token % side.block_size:
+            first_block, end_block = first_token // side.block_size, end_token // side.block_size
+            blocks = self._block_table[first_block - self._first_block : end_block - self._first_block]
+            return _melted(blocks * (2 * half_bytes), 2 * half_bytes)
         edges = np.arange(
             first_token - first_token % self._group_tokens, end_token + self._group_tokens, self._group_tokens
         )
@@ -147,15 +152,18 @@ class TableRuns:
         return _melted(starts.ravel(), lengths.ravel())
 
 
-def _melted(starts: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> Runs:
+def _melted(starts: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64] | int) -> Runs:
     """Runs in which what ends where the next one starts is one."""
+    runs = np.empty((len(starts), 2), np.uint64)
+    runs[:, 0], runs[:, 1] = starts, lengths
     is_first = np.ones(len(starts), np.bool_)
-    np.not_equal(starts[1:], starts[:-1] + lengths[:-1], out=is_first[1:])
-    firsts = np.flatnonzero(is_first)
-    runs = np.empty((len(firsts), 2), np.uint64)
-    runs[:, 0] = starts[firsts]
-    runs[:, 1] = np.add.reduceat(lengths, firsts)
-    return runs
+    np.not_equal(runs[1:, 0], runs[:-1, 0] + runs[:-1, 1], out=is_first[1:])
+    firsts = is_first.nonzero()[0]
+    if len(firsts) == len(runs):
+        return runs
+    melted = runs[firsts]
+    melted[:, 1] = np.add.reduceat(runs[:, 1], firsts)
+    return melted
 
 
 def zip_runs(destination: Runs, source: Runs, max_bytes: int = FETCHED_FRAME_BYTES) -> list[Copy]:

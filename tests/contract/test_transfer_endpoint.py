@@ -19,7 +19,7 @@ import pytest
 
 from baton.clock import ManualClock
 from baton.kv_layout import KVGeometry, KVLayout, LayerSpec, ModelKV
-from kvtransfer import arrival, link, pool
+from kvtransfer import arrival, link, pool, thread
 from kvtransfer.api import (
     Completed,
     EndpointConfig,
@@ -187,6 +187,32 @@ def test_native_code_and_python_packages_understand_each_other(
     transfer(source, destination)
     assert_quiet(source, destination)
     assert destination.leader.endpoint.stats().frames_verified > 0
+
+
+def test_a_digest_that_comes_after_its_frame_is_checked_like_any_other(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, destination = lab.pair()
+    transfer(source, destination)
+    right = thread.data_digest
+
+    def wrong(context: bytes, frame: Data, extents: pool.Extents) -> bytes:
+        digest = right(context, frame, extents)
+        return bytes([digest[0] ^ 1]) + digest[1:]
+
+    monkeypatch.setattr(thread, "data_digest", wrong)
+    table = [0, 1, 2, 3]
+    transfer_id = open_send(source, destination, 64, table)
+    destination.leader.expect(ReserveRequested, transfer_id)
+    grant(destination, transfer_id, table, 64)
+    write_all(source, transfer_id, table, pattern(MODEL, 64))
+    failed = destination.leader.expect(Failed, transfer_id)
+    assert failed.integrity
+    assert "wrong digest" in failed.reason
+    assert source.leader.expect(Failed, transfer_id).integrity
+    monkeypatch.setattr(thread, "data_digest", right)
+    transfer(source, destination)
+    assert_quiet(source, destination)
 
 
 def test_ranks_that_replicate_a_head_share_the_work_and_unneeded_ones_send_nothing(lab: Lab) -> None:

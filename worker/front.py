@@ -60,6 +60,7 @@ class _Leader:
         kind, hello = unpack(await self._socket.recv())
         assert kind == "hello"
         self.hello = {**hello, "pids": [os.getpid(), *hello["pids"]]}
+        self.load = (0, 0, 0, hello["num_blocks"])  # routers place by it before the first tick
         self._heard_at = time.monotonic()
 
     async def send_loop(self) -> None:

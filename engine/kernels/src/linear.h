@@ -138,6 +138,12 @@ BATON_INLINE void tile_block(const char* a0, const char* a1, int a_step, const c
       for (int i = 0; i < fetch.lines; i++) prefetch_l2(fetch.from + i * 64);
       fetch.from += fetch.lines * 64;
     }
+    if constexpr (kFetch == Prefetch::kNextPanel) {  // the next tiles of activations, from L2
+      for (int i = 0; i < 16; i++) prefetch_l1(a0 + a_step + i * 64);
+      if constexpr (kTwo) {
+        for (int i = 0; i < 16; i++) prefetch_l1(a1 + a_step + i * 64);
+      }
+    }
     _tile_loadd(4, a0, 64);
     _tile_loadd(6, b, 64);
     BATON_TILE_DOT(T, 0, 4, 6);

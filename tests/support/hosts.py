@@ -112,6 +112,9 @@ class Hosts:
         self.key = work_dir / "id_ed25519"
 
     def __enter__(self) -> Self:
+        links = subprocess.run(["ip", "-o", "link", "show", "up"], capture_output=True, text=True, check=True)
+        ups = links.stdout.splitlines()
+        assert len(ups) == 1, "hosts are made only in a network namespace of their own, where nothing but lo is up"
         _run("ssh-keygen -q -t ed25519 -N '' -f", str(self.key))
         _run("ip link add br0 type bridge")
         _run(f"ip addr add {OPERATOR}/24 dev br0")

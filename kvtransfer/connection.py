@@ -98,7 +98,7 @@ class Connection:
         self.arrival: Arrival | None = None
         """Receiver: the data frame whose payload is being read."""
         self.to_seal: Final[deque[tuple[Data, Extents]]] = deque()
-        """Sender: data frames that went without their digest."""
+        """Sender on shared memory: data frames that went without their digest."""
         self.unsealed: Final[dict[FrameName, Arrival]] = {}
         """Receiver: data frames whose bytes are in place and whose digest has not come."""
         self.mapped: shm.MappedPool | None = None

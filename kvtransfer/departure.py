@@ -1,22 +1,25 @@
-"""A data frame on its way out of the pool by native code: head and pieces in as few system calls as the socket takes."""
+"""A data frame on its way out of the pool by native code: head and pieces in few system calls, hashed as they go."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+from typing import Final
 
 import numpy as np
 
 from kvtransfer.native.library import Library
-from kvtransfer.pool import Extents, address_of
+from kvtransfer.pool import Digest, Extents, address_of
 
 
 class Departure:
     """Sends one frame from where its bytes lie. Transfer thread only."""
 
-    def __init__(self, native: Library, head: bytes, extents: Extents) -> None:
-        """`head` comes first."""
+    def __init__(self, native: Library, head: bytes, extents: Extents, digest: Digest | None) -> None:
+        """`head` comes first. `digest` has a native state and is fed with the rest."""
         self._native = native
+        self.digest: Final = digest
+        self._num_hashed = ctypes.c_uint64(len(head))  # the head is in no digest
         self._head = np.frombuffer(head, np.uint8)
         first = np.array([[address_of(self._head), len(head)]], np.uint64)
         self._pieces = np.concatenate([first, extents.pieces])
@@ -29,7 +32,8 @@ class Departure:
         Raises:
             OSError: BlockingIOError if the socket is full; or the connection broke.
         """
-        count = int(self._native.send(fd, address_of(self._pieces), self._cursor, self.bytes_left))
+        state, num_hashed = (None, None) if self.digest is None else (self.digest.state, ctypes.byref(self._num_hashed))
+        count = int(self._native.send(fd, address_of(self._pieces), self._cursor, self.bytes_left, state, num_hashed))
         if count < 0:
             raise OSError(-count, os.strerror(-count))
         self.bytes_left -= count

@@ -17,7 +17,7 @@ from kvtransfer.frames import FrameReader, Sink, Tagger, encode_frame
 from kvtransfer.messages import Data, Message, ProtocolError, Seal
 from kvtransfer.native.library import library
 from kvtransfer.plan import HASH_BYTES
-from kvtransfer.pool import Extents
+from kvtransfer.pool import Digest, Extents
 from kvtransfer.transports.tls import TlsSocket
 
 _MAX_IOV: Final = 512
@@ -35,6 +35,8 @@ class OutgoingFrame(NamedTuple):
     payload: Extents | list[memoryview]
     num_bytes: int
     """Bytes that the frame moves or a seal is made of, on the stream or in shared memory."""
+    seal: Callable[[bytes], Seal] | None = None
+    """Makes what follows the frame out of the digest of its payload. Only where the link `hashes`."""
 
 
 class LinkClosed(Exception):
@@ -64,6 +66,7 @@ class Link:
         self._messages: deque[bytes] = deque()
         self._writing: list[memoryview] = []
         self._departure: Departure | None = None
+        self._seal: Callable[[bytes], Seal] | None = None
         """Comes after `_writing`."""
         self._native = library() if type(sock) is socket.socket else None
         self._written_transfer: TransferId | None = None
@@ -117,6 +120,11 @@ class Link:
         self._messages.append(encode_frame(message, self._tagger))
 
     @property
+    def hashes(self) -> bool:
+        """Can it make the digest of a payload while that goes out?"""
+        return self._native is not None
+
+    @property
     def wants_write(self) -> bool:
         """Is something queued, apart from what `pull` would give?"""
         return bool(self._writing or self._departure or self._messages)
@@ -156,6 +164,8 @@ class Link:
         sent = departure.send(self._sock.fileno())
         if not departure.bytes_left:
             self._departure = None
+            if departure.digest is not None and self._seal is not None:
+                self.post(self._seal(departure.digest.result()))
         return sent
 
     def _next_frames(self) -> int:
@@ -173,7 +183,9 @@ class Link:
         if isinstance(payload, Extents):
             head = encode_frame(frame.message, self._tagger, payload.num_bytes)
             if self._native is not None:
-                self._departure = Departure(self._native, head, payload)
+                self._seal = frame.seal
+                digest = None if frame.seal is None else Digest(payload)
+                self._departure = Departure(self._native, head, payload, digest)
                 return 0
             payload = payload.views()
         else:

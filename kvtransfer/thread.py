@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 import os
@@ -30,7 +31,7 @@ from kvtransfer.frames import Sink
 from kvtransfer.lanes import Landing
 from kvtransfer.link import TURN_BYTES, OutgoingFrame
 from kvtransfer.messages import NO_DIGEST, Data, Message, Seal
-from kvtransfer.pool import Extents, Pool, data_digest
+from kvtransfer.pool import Extents, Pool, data_digest, seal
 from kvtransfer.protocol import Action, CloseLink, Connect, DataReady, Emit, Send, StopIO
 from kvtransfer.receiving import ReceiveSide
 from kvtransfer.sending import SendSide
@@ -308,7 +309,7 @@ class TransferThread:
 
     def end(self, connection: Connection, message: Message) -> None:
         """A message is complete."""
-        if type(message) is Seal and connection.mapped is not None:
+        if type(message) is Seal and connection.role is Role.RECEIVER:
             self._sealed(connection, message)
         elif type(message) is not Data or connection.role is not Role.RECEIVER:
             self._side(connection.role).on_message(self._now, connection.key, message)
@@ -318,7 +319,7 @@ class TransferThread:
                 self._fetch(connection, message, landing)
         elif connection.arrival is not None:
             arrival, connection.arrival = connection.arrival, None
-            self._arrived(connection, arrival)
+            self._landed(connection, arrival)
 
     def _fetch(self, connection: Connection, message: Data, landing: Landing) -> None:
         """Get a frame's bytes from the sender's pool: at once, or by NIXL soon."""
@@ -327,20 +328,25 @@ class TransferThread:
             connection.link.charge(landing.num_bytes)
             arrival = self._arrival(connection, message, landing)
             arrival.fetch(connection.mapped.pool, landing.source_parts)
-            if message.digest == NO_DIGEST and connection.session is not None and connection.session.verify:
-                connection.unsealed[_name(message)] = arrival
-            else:
-                self._arrived(connection, arrival)
+            self._landed(connection, arrival)
         elif connection.remote is not None:
             connection.remote.read(nixl.Read(message, landing))
 
-    def _sealed(self, connection: Connection, seal: Seal) -> None:
+    def _landed(self, connection: Connection, arrival: Arrival) -> None:
+        """All bytes of a frame are in place; perhaps its digest is still to come."""
+        assert connection.session is not None
+        if connection.session.verify and arrival.frame.digest == NO_DIGEST:
+            connection.unsealed[_name(arrival.frame)] = arrival
+        else:
+            self._arrived(connection, arrival)
+
+    def _sealed(self, connection: Connection, message: Seal) -> None:
         """The digest of a frame whose bytes are in place."""
-        arrival = connection.unsealed.pop(_name(seal), None)
+        arrival = connection.unsealed.pop(_name(message), None)
         if arrival is None:
             self.receive.num_stale += 1
             return
-        arrival.seal(seal.digest)
+        arrival.seal(message.digest)
         self._arrived(connection, arrival)
 
     def pull(self, connection: Connection) -> OutgoingFrame | None:
@@ -354,15 +360,19 @@ class TransferThread:
         assert session is not None
         frame = outgoing.frame
         extents = Extents(self._pool, outgoing.parts, outgoing.num_bytes)
-        if session.verify and connection.transport == shm.NAME and self._faults is None:
+        seal_later: Callable[[bytes], Seal] | None = None
+        may_wait = session.verify and self._faults is None
+        if may_wait and connection.transport == shm.NAME:
             connection.to_seal.append((frame, extents))  # the receiver copies while the digest is made
+        elif may_wait and not connection.is_fetched and connection.link.hashes and extents.is_native:
+            seal_later = functools.partial(_seal, session.context, frame)
         elif session.verify:
             frame = frame._replace(digest=data_digest(session.context, frame, extents))
         payload: Extents | list[memoryview] = extents
         if self._faults is not None:
             payload = self._faults.before_send(frame, extents.views())
         self._bytes_sent += outgoing.num_bytes
-        return OutgoingFrame(frame, [] if connection.is_fetched else payload, outgoing.num_bytes)
+        return OutgoingFrame(frame, [] if connection.is_fetched else payload, outgoing.num_bytes, seal_later)
 
     def _next_seal(self, connection: Connection) -> OutgoingFrame | None:
         if not connection.to_seal:
@@ -409,6 +419,10 @@ class TransferThread:
         self._publish()
         if self.failure is not None and self.on_events is not None:
             self.on_events()
+
+
+def _seal(context: bytes, frame: Data, digest: bytes) -> Seal:
+    return Seal(*_name(frame), seal(context, frame, digest))
 
 
 def _name(frame: Data | Seal) -> FrameName:

@@ -16,7 +16,7 @@ from baton.native_build import NativeUnavailable
 
 log = logging.getLogger("kvtransfer")
 
-_ABI: Final = 2
+_ABI: Final = 3
 _SOURCE: Final = Path(__file__).parent / "src" / "pieces.cpp"
 _FLAGS: Final = (*native_build.FLAGS, "-O3")
 _SIGNATURES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
@@ -26,7 +26,7 @@ _SIGNATURES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "baton_digest_take": (None, (c_void_p, c_void_p, c_void_p, c_uint64)),
     "baton_digest_result": (None, (c_void_p, c_void_p)),
     "baton_copy": (None, (c_void_p, c_void_p, c_uint64, c_void_p)),
-    "baton_send": (c_int64, (c_int32, c_void_p, c_void_p, c_uint64)),
+    "baton_send": (c_int64, (c_int32, c_void_p, c_void_p, c_uint64, c_void_p, c_void_p)),
     "baton_receive": (c_int64, (c_int32, c_void_p, c_void_p, c_uint64, c_void_p)),
 }
 

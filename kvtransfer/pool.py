@@ -92,11 +92,6 @@ class Extents:
         self._parts = parts
         self._pieces: Pieces | None = None
 
-    @property
-    def is_native(self) -> bool:
-        """Does native code make its digest?"""
-        return self.num_bytes > _MAX_SHORT_BYTES and library() is not None
-
     def views(self, start: int = 0, num_bytes: int | None = None) -> list[memoryview]:
         """The bytes from `start` on, in order, without a copy; all if `num_bytes` is None."""
         found = [view for layer, runs in self._parts for view in self._pool.views(layer, runs)]
@@ -122,7 +117,7 @@ class Digest:
 
     def __init__(self, extents: Extents) -> None:
         self._extents = extents
-        self._native = library() if extents.is_native else None
+        self._native = library() if extents.num_bytes > _MAX_SHORT_BYTES else None
         self.state: Final = None if self._native is None else ctypes.create_string_buffer(self._native.digest_bytes)
         """Of native code, which other native code may feed by itself."""
         self._cursor = (ctypes.c_uint64 * 2)()

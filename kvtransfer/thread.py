@@ -50,6 +50,9 @@ class TransferThread:
     """Everything that runs on the transfer thread; only `post`, `events`, `on_events`, `on_link`
     and `stats` are for others."""
 
+    late_digest_bytes = 256 * 1024
+    """From this size on the digest of a frame is made while its bytes move, and follows in a message of its own."""
+
     def __init__(
         self,
         config: EndpointConfig,
@@ -361,10 +364,10 @@ class TransferThread:
         frame = outgoing.frame
         extents = Extents(self._pool, outgoing.parts, outgoing.num_bytes)
         seal_later: Callable[[bytes], Seal] | None = None
-        may_wait = session.verify and self._faults is None
+        may_wait = session.verify and self._faults is None and outgoing.num_bytes >= self.late_digest_bytes
         if may_wait and connection.transport == shm.NAME:
             connection.to_seal.append((frame, extents))  # the receiver copies while the digest is made
-        elif may_wait and not connection.is_fetched and connection.link.hashes and extents.is_native:
+        elif may_wait and not connection.is_fetched and connection.link.hashes:
             seal_later = functools.partial(_seal, session.context, frame)
         elif session.verify:
             frame = frame._replace(digest=data_digest(session.context, frame, extents))

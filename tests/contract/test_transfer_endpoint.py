@@ -189,10 +189,11 @@ def test_native_code_and_python_packages_understand_each_other(
     assert destination.leader.endpoint.stats().frames_verified > 0
 
 
-def test_a_digest_that_comes_after_its_frame_is_checked_like_any_other(
-    lab: Lab, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("model", [MODEL, BIG_MODEL], ids=["in its frame", "after its frame"])
+def test_a_wrong_digest_fails_the_transfer_wherever_it_travels(
+    lab: Lab, model: ModelKV, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source, destination = lab.pair()
+    source, destination = lab.pair(model=model)
     transfer(source, destination)
     right = pool.seal
 
@@ -205,7 +206,7 @@ def test_a_digest_that_comes_after_its_frame_is_checked_like_any_other(
     transfer_id = open_send(source, destination, 64, table)
     destination.leader.expect(ReserveRequested, transfer_id)
     grant(destination, transfer_id, table, 64)
-    write_all(source, transfer_id, table, pattern(MODEL, 64))
+    write_all(source, transfer_id, table, pattern(model, 64))
     failed = destination.leader.expect(Failed, transfer_id)
     assert failed.integrity
     assert "wrong digest" in failed.reason

@@ -238,6 +238,7 @@ def drill(lab: Lab) -> None:
 
     if _IS_LONG:
         replace_a_node(lab, tell)
+        lose_a_node_for_long(lab, tell)
 
     # 5. The head's GCS is killed under load, and serving goes on.
     gcs = int(lab.head.run("pgrep -x gcs_server"))
@@ -285,6 +286,29 @@ def replace_a_node(lab: Lab, tell: Callable[[str], None]) -> None:
         served = len(lab.traces())
         until(lambda: any(trace["transport"] == "tcp" for trace in lab.traces()[served:]), "prefill-0 serves again")
     tell(f"a node's raylet was killed: its worker was back after {back_s:.0f} s; {summary(outcomes)}")
+    assert {outcome["error"] for outcome in outcomes} <= {None, *_NAMED}
+
+
+def lose_a_node_for_long(lab: Lab, tell: Callable[[str], None]) -> None:
+    """A node is cut off until Ray gives it up; when it is back, nothing of its past is left on it."""
+    before = lab.state()["units"]["decode-0"]
+    with lab.load(2) as outcomes:
+        cut_at = time.time()
+        lab.hosts.cut(lab.decode)
+        until(lambda: lab.state()["units"]["decode-0"]["state"] == "down", "Ray gives the node up", 60)
+        down_s = time.time() - cut_at
+        lab.hosts.mend(lab.decode)
+
+        def is_back() -> bool:
+            unit = lab.state()["units"]["decode-0"]
+            return bool(unit["state"] == "ready" and unit["incarnation"] != before["incarnation"])
+
+        until(is_back, "decode-0 is placed again", 240)
+        back_s = time.time() - cut_at
+        served = len(lab.traces())
+        until(lambda: any(trace["transport"] == "tcp" for trace in lab.traces()[served:]), "decode-0 serves again")
+    assert sum("decode-0-front" in line for line in lab.decode.processes()) == 1
+    tell(f"a node was cut off for {down_s:.0f} s: its worker was back after {back_s:.0f} s; {summary(outcomes)}")
     assert {outcome["error"] for outcome in outcomes} <= {None, *_NAMED}
 
 

@@ -123,8 +123,6 @@ class SimSwitchboard(Switchboard):
 class SimTransferThread(TransferThread):
     """A transfer thread without a thread: `take_turn` is one pass of its loop."""
 
-    late_digest_bytes = 0
-
     def __init__(
         self,
         config: EndpointConfig,

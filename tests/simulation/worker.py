@@ -92,6 +92,7 @@ class Surroundings(Protocol):
     is_lockstep: bool
     costs: CostModel
     preempt_rate: float
+    late_digest_bytes: int
     known: dict[TransferId, Known]
 
     def tell(self, event: history.Event) -> None:
@@ -232,6 +233,7 @@ class Rank:
             self,
             self.transfer_actor.poke,
         )
+        self.endpoint.thread.late_digest_bytes = world.late_digest_bytes
         self.hook: Final = TransferHook(self.endpoint)
         self.is_ended = False
 

@@ -121,6 +121,8 @@ def run(pairing: Pairing, num_chunks: int, seed: int) -> tuple[int, int]:
         destination = worker("d", pairing.destination_tp, pairing.destination_block)
         with closing(source, destination):
             while True:
+                for rank in source.ranks:  # digests travel with frames, or after them as those of large frames do
+                    rank.endpoint._thread.late_digest_bytes = rng.choice((0, 2**30))
                 transfer(rng, source, destination)
                 stats = [rank.endpoint.stats() for rank in destination.ranks]
                 num_refused = sum(s.integrity_failures + s.stale_frames_dropped for s in stats)

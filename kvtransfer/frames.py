@@ -8,7 +8,7 @@
     12  8      tag: keyed hash over (sequence number, head[0:12], body); zeros during the handshake
 
 The tag authenticates every control body once the handshake has made keys, and the sequence number in it makes a lost,
-repeated or reordered frame an error. Payloads carry their own digest inside the body.
+repeated or reordered frame an error. The digest of a payload is in its body or in a later one.
 """
 
 from __future__ import annotations

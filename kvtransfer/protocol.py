@@ -12,7 +12,8 @@ Decisions:
 * Every sending rank announces the transfer on each of its links when it opens it, so a receiving rank knows from whom
   the bytes come; it accepts on each link as soon as it holds both the announcement and its engine's grant, in either
   order.
-* Completion is a full bitmap over (source rank, layer, unit), never "the last message came".
+* Completion is a full bitmap over (source rank, layer, unit), never "the last message came". A frame counts once its
+  bytes are in place and its digest, which may follow in a Seal, was right.
 * Credits are cumulative counts, so that a repeated Credit changes nothing.
 * Once a receiver is whole (all bytes verified and, on the leader, the manifest) it needs nobody any more: a late Abort
   or a lost link changes nothing (reliability X2).

@@ -54,7 +54,7 @@ int gather(const iovec* pieces, const Cursor& cursor, size_t limit, iovec* out) 
     return count;
 }
 
-// `next`: what will be copied afterwards.
+// `next`: what will be copied afterwards, or null.
 void copy_piece(uint8_t* to, const uint8_t* from, size_t num_bytes, const uint8_t* next, xxh3::Digest* digest) {
     if (!digest) {
         std::memcpy(to, from, num_bytes);
@@ -63,18 +63,19 @@ void copy_piece(uint8_t* to, const uint8_t* from, size_t num_bytes, const uint8_
     while (num_bytes) {
         const size_t tile = least(num_bytes, TILE);
         std::memcpy(to, from, tile);
-        xxh3::take(*digest, to, tile, tile < num_bytes ? from + tile : next, accumulate);
+        const uint8_t* ahead = tile < num_bytes ? from + tile : next;
+        xxh3::take(*digest, to, tile, ahead != nullptr, ahead ? ahead : from, accumulate);
         to += tile;
         from += tile;
         num_bytes -= tile;
     }
 }
 
-// `next`: what will be hashed afterwards.
+// `next`: what will be hashed afterwards, or null.
 void hash_piece(const uint8_t* data, size_t num_bytes, const uint8_t* next, xxh3::Digest* digest) {
     const size_t tail = least(num_bytes, TILE), body = num_bytes - tail;
-    xxh3::take(*digest, data, body, data + TILE, accumulate);
-    xxh3::take(*digest, data + body, tail, next, accumulate);
+    xxh3::take(*digest, data, body, true, data + TILE, accumulate);
+    xxh3::take(*digest, data + body, tail, next != nullptr, next ? next : data, accumulate);
 }
 
 }  // namespace
@@ -93,7 +94,7 @@ API void baton_digest_take(xxh3::Digest* digest, const iovec* pieces, Cursor* cu
         const uint8_t* data = at(pieces, *cursor);
         advance(pieces, *cursor, here);
         num_bytes -= here;
-        hash_piece(data, here, num_bytes ? at(pieces, *cursor) : data, digest);
+        hash_piece(data, here, num_bytes ? at(pieces, *cursor) : nullptr, digest);
     }
 }
 
@@ -110,7 +111,7 @@ API void baton_copy(const iovec* to, const iovec* from, uint64_t num_bytes, xxh3
         advance(to, to_at, here);
         advance(from, from_at, here);
         num_bytes -= here;
-        copy_piece(destination, source, here, num_bytes ? at(from, from_at) : source, digest);
+        copy_piece(destination, source, here, num_bytes ? at(from, from_at) : nullptr, digest);
     }
 }
 

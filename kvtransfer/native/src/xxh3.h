@@ -163,13 +163,15 @@ struct Digest {
     uint64_t acc[8];
     uint64_t num_bytes;
     uint32_t stripe;       // of the next one, in its block
-    uint32_t num_pending;  // bytes in `pending`, 1..64 once something has come
+    uint32_t num_pending;  // bytes in `pending`, at most 64
     uint8_t before[STRIPE];  // the stripe before `pending`
     uint8_t pending[STRIPE];
 };
 
-// Feeds `num_bytes`; as many from `ahead` on are fetched into the cache meanwhile.
-inline void take(Digest& digest, const uint8_t* data, size_t num_bytes, const uint8_t* ahead, Accumulate accumulate) {
+// Feeds `num_bytes`; as many from `ahead` on are fetched into the cache meanwhile. `has_more`: others will follow, which
+// keeps whole stripes where they are.
+inline void take(Digest& digest, const uint8_t* data, size_t num_bytes, bool has_more, const uint8_t* ahead,
+                 Accumulate accumulate) {
     if (!num_bytes) return;
     if (!digest.num_bytes) {
         const uint64_t start[8] = {PRIME32_3, PRIME64_1, PRIME64_2, PRIME64_3, PRIME64_4, PRIME32_2, PRIME64_5, PRIME32_1};
@@ -186,7 +188,7 @@ inline void take(Digest& digest, const uint8_t* data, size_t num_bytes, const ui
         accumulate(digest.acc, digest.pending, 1, &digest.stripe, ahead);
         std::memcpy(digest.before, digest.pending, STRIPE);
     }
-    const size_t count = (num_bytes - 1) / STRIPE;
+    const size_t count = (has_more ? num_bytes : num_bytes - 1) / STRIPE;
     if (count) {
         accumulate(digest.acc, data, count, &digest.stripe, ahead);
         data += count * STRIPE;

@@ -176,19 +176,27 @@ def join(run_id: str) -> RunDir:
     """
     _remove_abandoned()
     run = RunDir(base_dir() / run_id)
-    while True:
-        run.path.mkdir(mode=0o700, exist_ok=True)
-        with contextlib.suppress(FileNotFoundError):  # who left it last was about to remove it
-            descriptor = os.open(run.path, os.O_RDONLY | os.O_DIRECTORY)
-            fcntl.flock(descriptor, fcntl.LOCK_SH)
-            if os.fstat(descriptor).st_ino == run.path.stat().st_ino:
-                break
-            os.close(descriptor)
+    while (descriptor := _hold(run.path)) is None:  # who left it last was about to remove it
+        continue
     _held[run.path] = descriptor
     run.logs.mkdir(mode=0o700, exist_ok=True)
     if not (run.path / _STATE).exists():
         (run.path / _JOINED).touch()
     return run
+
+
+def _hold(path: Path) -> int | None:
+    """A descriptor whose lock keeps the directory, made if absent; None if it was removed meanwhile."""
+    path.mkdir(mode=0o700, exist_ok=True)
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    except FileNotFoundError:
+        return None
+    fcntl.flock(descriptor, fcntl.LOCK_SH)
+    if os.fstat(descriptor).st_nlink:
+        return descriptor
+    os.close(descriptor)
+    return None
 
 
 def leave(run: RunDir) -> None:

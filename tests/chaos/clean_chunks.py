@@ -40,6 +40,7 @@ PAIRINGS: Final = tuple(
 MAX_TOKENS: Final = 1024
 _POOL_TOKENS: Final = 2 * MAX_TOKENS
 _PATIENCE_S: Final = 20.0
+_LEAST_LATE_BYTES: Final = 241  # a digest is made while bytes move from here on; production begins at 256 KiB
 
 
 def _write(rank: Rank, layer: int, table: Sequence[int], kv: np.ndarray, first: int, end: int) -> None:
@@ -122,7 +123,7 @@ def run(pairing: Pairing, num_chunks: int, seed: int) -> tuple[int, int]:
         with closing(source, destination):
             while True:
                 for rank in source.ranks:  # digests travel with frames, or after them as those of large frames do
-                    rank.endpoint._thread.late_digest_bytes = rng.choice((0, 2**30))
+                    rank.endpoint._thread.late_digest_bytes = rng.choice((_LEAST_LATE_BYTES, 2**30))
                 transfer(rng, source, destination)
                 stats = [rank.endpoint.stats() for rank in destination.ranks]
                 num_refused = sum(s.integrity_failures + s.stale_frames_dropped for s in stats)

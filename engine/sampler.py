@@ -157,11 +157,9 @@ def gumbel_noise(seed: int, sample_index: int, position: int, token_ids: Tensor)
     Each (seed, sample_index, position) is hashed to a stream of splitmix64, whose output number `token id` is used:
     -log(-log(u)) with u the middle of one of 2**52 equal parts of (0, 1), which float64 holds exactly.
     """
-    key = 0
-    for word in (seed, sample_index, position):
-        key = _mix((key ^ (word & _MASK64)) + _GOLDEN)
+    key = noise_key(seed, sample_index, position)
     # In place: a fresh megabyte per operation would cost more in page faults than the arithmetic does.
-    bits = (token_ids + 1).mul_(_signed(_GOLDEN)).add_(_signed(key))
+    bits = (token_ids + 1).mul_(_signed(_GOLDEN)).add_(key)
     for shift, multiplier in zip(_SHIFTS, (*_MULTIPLIERS, None), strict=True):
         # int64 shifts repeat the sign: mask it off.
         bits.bitwise_xor_((bits >> shift).bitwise_and_(2 ** (64 - shift) - 1))
@@ -170,6 +168,14 @@ def gumbel_noise(seed: int, sample_index: int, position: int, token_ids: Tensor)
     top = bits.bitwise_right_shift_(64 - _UNIFORM_BITS).bitwise_and_(2**_UNIFORM_BITS - 1)
     uniform = top.double().add_(0.5).mul_(2.0**-_UNIFORM_BITS)
     return uniform.log_().neg_().log_().neg_()
+
+
+def noise_key(seed: int, sample_index: int, position: int) -> int:
+    """Which stream of splitmix64 is the noise of one token, as an int64."""
+    key = 0
+    for word in (seed, sample_index, position):
+        key = _mix((key ^ (word & _MASK64)) + _GOLDEN)
+    return _signed(key)
 
 
 def _mix(word: int) -> int:

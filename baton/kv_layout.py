@@ -107,6 +107,16 @@ class KVLayout:
         return self.bytes_per_block * self.geometry.num_blocks
 
 
+@dataclass(frozen=True, slots=True)
+class DeviceMemory:
+    """A rank's pool in the memory of a CUDA device, in one allocation of cudaMalloc, freed by the process's end only."""
+
+    address: int
+    num_bytes: int
+    ordinal: int
+    """Of the device, as this process counts those that it sees."""
+
+
 def kv_head_range(num_kv_heads: int, tp_size: int, tp_rank: int) -> range:
     """Global KV heads that `tp_rank` of `tp_size` stores; replicated when there are fewer heads than ranks.
 

@@ -61,11 +61,7 @@ class Pool:
 
     def pieces(self, parts: Sequence[Part]) -> Pieces:
         """Where the bytes of `parts` lie; valid until `release`."""
-        runs = parts[0][1]
-        if all(part[1] is runs for part in parts):
-            bases = self._bases[[layer for layer, _ in parts]]
-            return (runs + bases[:, None]).reshape(-1, 2)
-        return np.concatenate([runs + self._bases[layer] for layer, runs in parts])
+        return _pieces(self._bases, parts)
 
     def layer(self, layer: int) -> memoryview:
         """All bytes of one layer."""
@@ -81,6 +77,29 @@ class Pool:
             with contextlib.suppress(BufferError):  # a traceback still holds an array over it
                 view.release()
         self._layers, self._bases = [], self._bases[:0]
+
+
+class DevicePool:
+    """One rank's KV bytes by layer in the memory of a device: addresses, which mean something to its driver only."""
+
+    def __init__(self, layout: KVLayout, address: int, num_bytes: int) -> None:
+        """`num_bytes`: what lies there for certain, whatever the layout says."""
+        if num_bytes < layout.pool_bytes:
+            raise ValueError(f"the pool needs {layout.pool_bytes} bytes, the device memory has {num_bytes}")
+        layers = range(len(layout.model.layers))
+        self._bases = np.array([(address + layout.layer_offset(layer), 0) for layer in layers], np.uint64)
+        self._sizes = [layout.block_bytes(layer) * layout.geometry.num_blocks for layer in layers]
+
+    def pieces(self, parts: Sequence[Part]) -> Pieces:
+        """Where the bytes of `parts` lie.
+
+        Raises:
+            ValueError: some lie outside of their layer.
+        """
+        for layer, runs in parts:
+            if int((runs[:, 0] + runs[:, 1]).max()) > self._sizes[layer]:
+                raise ValueError(f"bytes outside of layer {layer} of a pool on a device")
+        return _pieces(self._bases, parts)
 
 
 class Extents:
@@ -177,6 +196,13 @@ def data_digest(context: bytes, frame: Data, extents: Extents) -> bytes:
     digest = Digest(extents)
     digest.take(extents.num_bytes)
     return seal(context, frame, digest.result())
+
+
+def _pieces(bases: Pieces, parts: Sequence[Part]) -> Pieces:
+    runs = parts[0][1]
+    if all(part[1] is runs for part in parts):
+        return (runs + bases[[layer for layer, _ in parts]][:, None]).reshape(-1, 2)
+    return np.concatenate([runs + bases[layer] for layer, runs in parts])
 
 
 def _bases(layers: Sequence[memoryview]) -> Pieces:

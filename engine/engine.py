@@ -104,7 +104,7 @@ class LocalEngine:
             raise LookupError(f"{attempt_id} is not receiving")
         if first.index != seq.num_output_tokens or not 0 <= first.token_id < self.config.vocab_size:
             raise TransferError(f"{attempt_id}: token {first.token_id} at {first.index} can not be its next one")
-        reason = self._finish_reason(seq, first.token_id)
+        reason = self._finish_reason(seq, first.token_id, len(seq.token_ids))
         if reason is not None and first.finish_reason is None:
             raise TransferError(f"{attempt_id}: its first token ends it here ({reason}), but not where it was sampled")
         seq.has_prefill_started = seq.has_prefill_finished = True  # elsewhere
@@ -266,26 +266,32 @@ class LocalEngine:
             if seq.num_computed_tokens < len(seq.token_ids):  # not the last chunk of its prompt
                 continue
             assert sampled is not None, f"the runner chose no token for {seq.attempt_id}"
-            index, num_cached = seq.num_output_tokens, 0
             if not seq.has_prefill_finished:
-                seq.has_prefill_finished = True
                 finished.append(seq.attempt_id)
-                num_cached = min(seq.num_cached_tokens or 0, seq.request.num_prompt_tokens)
-            reason = self._finish_reason(seq, sampled.token_id)
-            seq.append(sampled.token_id)
-            events.append(TokenEvent(seq.attempt_id, index, sampled.token_id, sampled.logprobs, reason, num_cached))
-            if seq.hold_kv:
-                self._scheduler.hold(seq)
-            elif reason is not None:
-                self._finish(seq)
+            events.append(self._accept(seq, len(seq.token_ids), sampled))
         self._num_tokens_computed += total
         return StepResult(events, started, finished, preempted, num_tokens=total)
 
-    def _finish_reason(self, seq: Sequence, token_id: int) -> FinishReason | None:
-        """Why the sequence ends if `token_id` is its next token; None if it goes on."""
-        if token_id in seq.stop_token_ids and seq.num_output_tokens >= seq.request.sampling.min_tokens:
+    def _accept(self, seq: Sequence, position: int, sampled: Sampled) -> TokenEvent:
+        """Take a sampled token as the sequence's token at `position`; it ends, or is held, if that is what follows."""
+        index, num_cached = position - seq.request.num_prompt_tokens, 0
+        if not seq.has_prefill_finished:
+            seq.has_prefill_finished = True
+            num_cached = min(seq.num_cached_tokens or 0, seq.request.num_prompt_tokens)
+        reason = self._finish_reason(seq, sampled.token_id, position)
+        seq.resolve(position, sampled.token_id)
+        if seq.hold_kv:
+            self._scheduler.hold(seq)
+        elif reason is not None:
+            self._finish(seq)
+        return TokenEvent(seq.attempt_id, index, sampled.token_id, sampled.logprobs, reason, num_cached)
+
+    def _finish_reason(self, seq: Sequence, token_id: int, position: int) -> FinishReason | None:
+        """Why the sequence ends if `token_id` is its token at `position`; None if it goes on."""
+        num_output_tokens = position - seq.request.num_prompt_tokens
+        if token_id in seq.stop_token_ids and num_output_tokens >= seq.request.sampling.min_tokens:
             return FinishReason.STOP
-        return FinishReason.LENGTH if len(seq.token_ids) + 1 >= seq.length_limit else None
+        return FinishReason.LENGTH if position + 1 >= seq.length_limit else None
 
     def _finish(self, seq: Sequence) -> None:
         self._scheduler.finish(seq)

@@ -112,7 +112,7 @@ class Scheduler:
         self._move(seq, SeqState.HELD)
 
     def quarantine(self, seq: Sequence) -> None:
-        """RECEIVING -> QUARANTINED: it is gone, and its blocks may still be written to."""
+        """RECEIVING, RUNNING or HELD -> QUARANTINED: it is gone, and its blocks may still be written to or read."""
         self._move(seq, SeqState.QUARANTINED)
 
     def finish(self, seq: Sequence) -> None:
@@ -125,7 +125,11 @@ class Scheduler:
     def computed(self, seq: Sequence, num_tokens: int) -> None:
         """KV of `num_tokens` more tokens is in place: count them and publish the blocks that they fill."""
         seq.num_computed_tokens += num_tokens
-        num_full = seq.num_computed_tokens // self._block_size
+        self.publish(seq, seq.num_computed_tokens)
+
+    def publish(self, seq: Sequence, num_tokens: int) -> None:
+        """Offer the blocks that the first `num_tokens` tokens fill to the prefix cache: they are known and computed."""
+        num_full = num_tokens // self._block_size
         if num_full > seq.num_published_blocks and self._config.enable_prefix_caching:
             for index in range(seq.num_published_blocks, num_full):
                 key = seq.block_key(index, self._hasher, self._block_size)
@@ -154,9 +158,10 @@ class Scheduler:
         for seq in tuple(self._running):
             if seq.state is not SeqState.RUNNING:  # preempted a moment ago: victims come after whom they give way to
                 continue
-            if len(seq.token_ids) - seq.num_computed_tokens > 1:
+            num_pending = len(seq.token_ids) - seq.num_computed_tokens
+            if num_pending > 1:
                 prefills.append(seq)
-            elif budget and self._grow(seq, plan.preempted):
+            elif budget and num_pending and self._grow(seq, plan.preempted):  # 0: its last step is under way
                 plan.chunks.append((seq, 1))
                 budget -= 1
         self._add_prompts(plan, prefills, budget)

@@ -12,13 +12,15 @@ from engine.types import SeqState
 
 _NEXT: Final[Mapping[SeqState, frozenset[SeqState]]] = {
     SeqState.WAITING: frozenset({SeqState.RUNNING, SeqState.FINISHED}),
-    SeqState.RUNNING: frozenset({SeqState.WAITING, SeqState.HELD, SeqState.FINISHED}),
-    SeqState.HELD: frozenset({SeqState.FINISHED}),
+    SeqState.RUNNING: frozenset({SeqState.WAITING, SeqState.HELD, SeqState.QUARANTINED, SeqState.FINISHED}),
+    SeqState.HELD: frozenset({SeqState.QUARANTINED, SeqState.FINISHED}),
     SeqState.RECEIVING: frozenset({SeqState.RUNNING, SeqState.QUARANTINED}),
     SeqState.QUARANTINED: frozenset({SeqState.FINISHED}),
     SeqState.FINISHED: frozenset(),
 }
-"""RUNNING -> WAITING is preemption; RECEIVING ends only by commit or by the quarantine that follows an abort."""
+"""RUNNING -> WAITING is preemption; RECEIVING ends only by commit or by the quarantine that follows an abort.
+
+RUNNING and HELD go through QUARANTINED only where steps overlap: a launched step still names the blocks."""
 
 
 class Sequence:
@@ -112,6 +114,15 @@ class Sequence:
         self.token_ids.append(token_id)
         if self.has_penalty:
             self.output_token_ids.append(token_id)
+
+    def resolve(self, position: int, token_id: int) -> None:
+        """The output token at `position`, which was appended before it was known, or is the next one."""
+        if position == len(self.token_ids):
+            self.append(token_id)
+            return
+        self.token_ids[position] = token_id
+        if self.has_penalty:
+            self.output_token_ids[position - self.request.num_prompt_tokens] = token_id
 
     def block_key(self, index: int, hasher: PrefixHasher, block_size: int) -> bytes:
         """Prefix-cache key of block `index`, which must be full of known tokens: the chain key of its last unit.

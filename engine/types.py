@@ -5,10 +5,14 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Final, Protocol
 
 from baton.kv_layout import KVLayout
 from baton.request import AttemptId, GenerateRequest, SamplingParams, TokenEvent, TokenLogprobs
+
+
+PENDING: Final = -1
+"""In a plan for an OverlappingRunner: the token that its step before chose for the same attempt, not read yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +145,37 @@ class Runner(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """A step on its way. `feeds`: what it samples can be PENDING in the next one."""
+
+    plan: StepPlan
+    feeds: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Collected:
+    """What a launched step did. Rows do not depend on each other: those of `failed` attempts have no token."""
+
+    sampled: list[Sampled | None]
+    failed: list[AttemptId] = field(default_factory=list)
+
+
+class OverlappingRunner(Protocol):
+    """Starts a step before the one before it is read. Steps run in the order of their launches; engine thread only."""
+
+    def launch(self, plan: StepPlan, hook: StepHook | None = None) -> Launched:
+        """Start a step and return. A decode's token may be PENDING if its attempt sampled in the step launched last.
+
+        At most two steps are under way. The blocks that `plan` names must stay its own until `collect` has returned.
+        """
+        ...
+
+    def collect(self, launched: Launched) -> Collected:
+        """Wait for the oldest step under way; one result per entry, as `Runner.run` has them."""
+        ...
+
+
 class SeqState(enum.StrEnum):
     """Where a sequence is. The comment says who holds its blocks."""
 
@@ -148,7 +183,7 @@ class SeqState(enum.StrEnum):
     RUNNING = "running"  # the sequence: prefill chunks or decode
     HELD = "held"  # the sequence, PINNED for a transfer: its prefill is finished
     RECEIVING = "receiving"  # the sequence: a transfer writes into them
-    QUARANTINED = "quarantined"  # the ledger: the request is gone, a copy may still be in flight
+    QUARANTINED = "quarantined"  # the ledger: the request is gone, a copy or a launched step may still use them
     FINISHED = "finished"  # nobody
 
 

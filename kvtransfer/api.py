@@ -9,13 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NewType, Protocol, TypeAlias
+from typing import NewType, Protocol, TypeAlias, runtime_checkable
 
 from baton.kv_layout import KVLayout
 from baton.tls import ClusterIdentity
 
 TransferId = NewType("TransferId", bytes)
 """16 random bytes, drawn by the sending leader for each attempt to transfer."""
+
+
+@runtime_checkable
+class Ready(Protocol):
+    """An event of a device, for example a torch.cuda.Event, that nobody records again before it has fired."""
+
+    def query(self) -> bool:
+        """Has all the work before it ended? Never blocks; any thread."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +155,7 @@ class EndpointStats:
     integrity_failures: int
     stale_frames_dropped: int
     transports: dict[str, str]
-    """Peer rank -> "tcp" | "tcp+tls" | "shm" | "nixl" | "local"."""
+    """Peer rank -> "tcp" | "tcp+tls" | "shm" | "nixl" | "cuda_ipc" | "local"."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +167,7 @@ class LinkReport:
     tp_rank: int
     """Of the peer; -1: no rank, the whole worker can not be sent to."""
     transport: str
-    """How KV travels: "tcp" | "tcp+tls" | "shm" | "nixl" | "local"; "": there is no link."""
+    """How KV travels: "tcp" | "tcp+tls" | "shm" | "nixl" | "cuda_ipc" | "local"; "": there is no link."""
     reason: str = ""
     """Why there is none."""
 
@@ -183,8 +192,11 @@ class TransferEndpoint(Protocol):
         """Make a transfer known. On the leader (tp_rank 0) this sends the reserve request."""
         ...
 
-    def written(self, transfer_id: TransferId, layer: int, num_tokens: int) -> None:
-        """KV of `layer` for tokens [0, num_tokens) is in the pool. Full units go out as credits allow."""
+    def written(self, transfer_id: TransferId, layer: int, num_tokens: int, ready: Ready | None = None) -> None:
+        """KV of `layer` for tokens [0, num_tokens) is in the pool, or will be once `ready` has fired.
+
+        Full units go out as credits allow. Events fire in the order of the calls that bring them.
+        """
         ...
 
     def finish(self, transfer_id: TransferId, manifest: bytes) -> None:
@@ -243,7 +255,7 @@ class EndpointConfig:
     host: str = "127.0.0.1"
     port: int = 0
     unix_dir: str = ""
-    """Private directory for the Unix socket; "" turns shared memory off."""
+    """Private directory for the Unix socket; "" turns shared memory and CUDA IPC off."""
     transports: tuple[str, ...] = ("shm", "tcp")
     """In order of preference. "tcp+tls" needs `identity` and excludes "tcp" and "nixl", which do not encrypt."""
     identity: ClusterIdentity | None = None

@@ -15,6 +15,26 @@ from kvtransfer.plan import Part
 from kvtransfer.pool import Digest, Extents, Pool, address_of, copy, seal
 
 
+class DeviceArrival:
+    """A data frame whose bytes lie in their place on a device, which has made their digest."""
+
+    def __init__(self, frame: Data, landing: Landing, context: bytes | None, digest: bytes) -> None:
+        """`context` None: do not verify."""
+        self.frame = frame
+        self.landing: Final = landing
+        self._context = context
+        self._digest = digest
+
+    @property
+    def is_verified(self) -> bool:
+        """Are the bytes what was sent?"""
+        return self._context is None or seal(self._context, self.frame, self._digest) == self.frame.digest
+
+    def seal(self, digest: bytes) -> None:
+        """The digest that the frame did not carry."""
+        self.frame = self.frame._replace(digest=digest)
+
+
 class Arrival:
     """Takes the bytes of one frame in canonical order; then `is_verified` says whether its digest is right.
 

@@ -11,14 +11,15 @@ from dataclasses import dataclass, field
 from typing import Final, Protocol, TypeAlias
 
 from kvtransfer.api import PeerRank, TransferId
-from kvtransfer.arrival import Arrival
+from kvtransfer.arrival import Arrival, DeviceArrival
 from kvtransfer.auth import Acceptor, Connector, LinkKey, Refusal, RefusalCode, Session
+from kvtransfer.cuda.driver import Job
 from kvtransfer.frames import Sink
 from kvtransfer.link import Link, OutgoingFrame
 from kvtransfer.messages import Data, Goodbye, Hello, Message, ProtocolError, code_of, is_handshake
 from kvtransfer.plan import FETCHED_FRAME_BYTES, FRAME_BYTES
 from kvtransfer.pool import Extents
-from kvtransfer.transports import nixl, shm
+from kvtransfer.transports import cuda_ipc, nixl, shm
 from kvtransfer.transports.tls import TlsSocket
 
 FrameName: TypeAlias = tuple[TransferId, int, int, int, int]
@@ -85,7 +86,7 @@ class Connection:
         max_control_bytes: int,
         *,
         pool_fd: int | None = None,
-        agent: nixl.Agent | None = None,
+        agent: nixl.Agent | cuda_ipc.Agent | None = None,
         dialling: Dialling | None = None,
     ) -> None:
         self.transport = transport
@@ -99,12 +100,14 @@ class Connection:
         """Receiver: the data frame whose payload is being read."""
         self.to_seal: Final[deque[tuple[Data, Extents]]] = deque()
         """Sender on shared memory: data frames that went without their digest."""
-        self.unsealed: Final[dict[FrameName, Arrival]] = {}
+        self.sealing: Final[deque[tuple[Data, Job]]] = deque()
+        """Sender on CUDA IPC: the same, and the device makes it."""
+        self.unsealed: Final[dict[FrameName, Arrival | DeviceArrival]] = {}
         """Receiver: data frames whose bytes are in place and whose digest has not come."""
         self.mapped: shm.MappedPool | None = None
         """Receiver on shared memory: the sender's pool."""
-        self.remote: nixl.RemotePool | None = None
-        """Receiver on NIXL: the sender's pool."""
+        self.remote: nixl.RemotePool | cuda_ipc.RemotePool | None = None
+        """Receiver on NIXL or CUDA IPC: the sender's pool."""
         self.is_connecting = isinstance(handshake, Connector)
         self.is_closed = False
         self.link: Final = Link(sock, self._begin, self._end, self._pull, max_control_bytes)
@@ -121,7 +124,7 @@ class Connection:
     @property
     def is_fetched(self) -> bool:
         """Does the receiver fetch the bytes from the sender's pool?"""
-        return self.transport in (shm.NAME, nixl.NAME)
+        return self.transport in (shm.NAME, nixl.NAME, cuda_ipc.NAME)
 
     @property
     def key(self) -> LinkKey:
@@ -158,6 +161,7 @@ class Connection:
         self.is_closed = True
         self.arrival = None
         self.to_seal.clear()
+        self.sealing.clear()
         self.unsealed.clear()
         self.link.close()
         if self.mapped is not None:
@@ -205,8 +209,14 @@ class Connection:
     def _open_pool(self, session: Session, exposed: bytes) -> None:
         if self.transport == shm.NAME:
             self._map(session)
+        elif self.transport == cuda_ipc.NAME:
+            assert isinstance(self._agent, cuda_ipc.Agent)
+            try:
+                self.remote = self._agent.open(exposed, session.plan.source)
+            except cuda_ipc.UnusablePool as error:
+                raise Refusal(RefusalCode.TRANSPORT, str(error)) from error
         elif self.transport == nixl.NAME:
-            assert self._agent is not None
+            assert isinstance(self._agent, nixl.Agent)
             try:
                 read_bytes = max(FETCHED_FRAME_BYTES, session.plan.max_unit_bytes)
                 self.remote = self._agent.open(exposed, nixl.agent_name(*session.peer), session.plan.source, read_bytes)

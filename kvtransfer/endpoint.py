@@ -10,24 +10,27 @@ import threading
 from collections.abc import Callable, Sequence
 
 from baton.clock import Clock, SystemClock
-from baton.kv_layout import UNIT_TOKENS
+from baton.kv_layout import UNIT_TOKENS, DeviceMemory
 from kvtransfer.api import (
     EndpointConfig,
     EndpointStats,
     LinkReport,
     PeerRank,
     PeerWorker,
+    Ready,
     SendRequest,
     TransferEndpoint,
     TransferEvent,
     TransferId,
 )
+from kvtransfer.cuda.driver import CudaDriver, CudaError
+from kvtransfer.cuda.libcuda import LibCuda
 from kvtransfer.faults import FaultHook
 from kvtransfer.messages import TRANSFER_ID_BYTES
-from kvtransfer.pool import Pool
+from kvtransfer.pool import DevicePool, Pool
 from kvtransfer.switchboard import Listener
 from kvtransfer.thread import TransferThread
-from kvtransfer.transports import local, nixl, shm, tcp, tls
+from kvtransfer.transports import cuda_ipc, local, nixl, shm, tcp, tls
 
 log = logging.getLogger("kvtransfer")
 
@@ -44,24 +47,29 @@ class Endpoint:
     def __init__(
         self,
         config: EndpointConfig,
-        kv_buffer: memoryview,
+        kv_buffer: memoryview | DeviceMemory,
         kv_fd: int | None = None,
         *,
         clock: Clock | None = None,
         faults: FaultHook | None = None,
+        cuda: CudaDriver | None = None,
     ) -> None:
-        """Listen and start the thread.
+        """Listen and start the thread. `cuda`: for a pool on a device; owned from here on. None: NVIDIA's.
 
         Raises:
             ValueError: the configuration can not work.
             OSError: an address can not be listened on.
         """
-        _check(config)
+        _check(config, isinstance(kv_buffer, DeviceMemory))
         self._config = config
         self._unix_path = ""
-        pool = Pool(config.layout, kv_buffer)
+        pool: Pool | DevicePool
+        if isinstance(kv_buffer, DeviceMemory):
+            pool = DevicePool(config.layout, kv_buffer.address, kv_buffer.num_bytes)
+        else:
+            pool = Pool(config.layout, kv_buffer)
         listeners: dict[str, Listener] = {}
-        agent, exposed = _open_agent(config, kv_buffer)
+        agent, exposed = _open_agent(config, kv_buffer, cuda)
         try:
             self._address = self._listen(listeners)
             shared_fd = _shareable(config, kv_fd)
@@ -71,6 +79,8 @@ class Endpoint:
         except BaseException:
             for listener in listeners.values():
                 listener.close()
+            if isinstance(agent, cuda_ipc.Agent):
+                agent.close()
             self._unlink()
             raise
         self._runner = threading.Thread(
@@ -88,7 +98,7 @@ class Endpoint:
         if local.NAME in config.transports:
             listener = listeners[local.NAME] = local.LocalListener()
             host, port = local.HOST, listener.port
-        if shm.NAME in config.transports and config.unix_dir:
+        if {shm.NAME, cuda_ipc.NAME} & set(config.transports) and config.unix_dir:
             listeners[shm.NAME], self._unix_path = shm.listen(config.unix_dir, rank)
         return PeerRank(rank, host, port, self._unix_path)
 
@@ -116,11 +126,11 @@ class Endpoint:
         self._check_payload(request.reserve_payload)
         self._thread.post(self._thread.now_do, self._thread.send.open, request)
 
-    def written(self, transfer_id: TransferId, layer: int, num_tokens: int) -> None:
-        """KV of `layer` for tokens [0, num_tokens) is in the pool."""
+    def written(self, transfer_id: TransferId, layer: int, num_tokens: int, ready: Ready | None = None) -> None:
+        """KV of `layer` for tokens [0, num_tokens) is in the pool, once `ready` has fired."""
         if not 0 <= layer < len(self._config.layout.model.layers):
             raise ValueError(f"no layer {layer}")
-        self._thread.post(self._thread.send.written, transfer_id, layer, num_tokens)
+        self._thread.post(self._thread.written, transfer_id, layer, num_tokens, ready)
 
     def finish(self, transfer_id: TransferId, manifest: bytes) -> None:
         """Leader: all tokens are computed; tell the receiving leader."""
@@ -217,7 +227,7 @@ class Endpoint:
 
 def make_endpoint(
     config: EndpointConfig,
-    kv_buffer: memoryview,
+    kv_buffer: memoryview | DeviceMemory,
     kv_fd: int | None = None,
     *,
     clock: Clock | None = None,
@@ -225,15 +235,21 @@ def make_endpoint(
 ) -> TransferEndpoint:
     """One rank's endpoint over its KV pool: `kv_buffer` in the canonical layout, `kv_fd` the memfd behind it.
 
-    Without `kv_fd` this rank can not send by shared memory. Raises as `Endpoint`.
+    A pool on a device is read by CUDA IPC and by nothing else. Without `kv_fd` this rank can not send by shared memory. Raises as `Endpoint`.
     """
     return Endpoint(config, kv_buffer, kv_fd, clock=clock, faults=faults)
 
 
-def _check(config: EndpointConfig) -> None:
-    known = {tcp.NAME, tls.NAME, shm.NAME, nixl.NAME, local.NAME}
+def _check(config: EndpointConfig, is_on_device: bool) -> None:
+    known = {tcp.NAME, tls.NAME, shm.NAME, nixl.NAME, cuda_ipc.NAME, local.NAME}
     if not config.transports or not set(config.transports) <= known:
         raise ValueError(f"transports must be some of {sorted(known)}, not {config.transports}")
+    if is_on_device and set(config.transports) != {cuda_ipc.NAME}:
+        raise ValueError(f"the KV pool is on a CUDA device, which only {cuda_ipc.NAME} reads, not {config.transports}")
+    if cuda_ipc.NAME in config.transports and not is_on_device:
+        raise ValueError(f"transport {cuda_ipc.NAME} needs a KV pool on a CUDA device; this engine's is in host memory")
+    if is_on_device and not config.unix_dir:
+        raise ValueError(f"transport {cuda_ipc.NAME} needs a directory for its Unix socket")
     if tls.NAME in config.transports:
         if config.identity is None:
             raise ValueError(f"{tls.NAME} needs an identity")
@@ -256,8 +272,16 @@ def _shareable(config: EndpointConfig, kv_fd: int | None) -> int | None:
     return kv_fd
 
 
-def _open_agent(config: EndpointConfig, kv_buffer: memoryview) -> tuple[nixl.Agent | None, bytes]:
-    """The NIXL agent and what it tells peers of the pool, if NIXL is wanted."""
+def _open_agent(
+    config: EndpointConfig, kv_buffer: memoryview | DeviceMemory, cuda: CudaDriver | None
+) -> tuple[nixl.Agent | cuda_ipc.Agent | None, bytes]:
+    """The agent of NIXL or CUDA IPC and what it tells peers of the pool, if either is wanted."""
+    if isinstance(kv_buffer, DeviceMemory):
+        try:
+            device = cuda_ipc.Agent(cuda or LibCuda(kv_buffer.ordinal), kv_buffer, config.layout)
+        except CudaError as error:
+            raise ValueError(f"transport {cuda_ipc.NAME} does not work here: {error}") from error
+        return device, device.exposed
     if nixl.NAME not in config.transports:
         return None, b""
     name = nixl.agent_name(config.worker_id, config.incarnation, config.layout.tp_rank)

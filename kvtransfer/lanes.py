@@ -166,6 +166,8 @@ class ReceiveLane:
         self._runs: TableRuns | None = None
         self._got: list[int] = []
         """Per layer: bit u is set when unit u is in place and verified."""
+        self._begun: list[int] = []
+        """The same for units that were begun to be fetched: a second copy of one could end after the first is verified."""
         self._full = 0
         self._sources: dict[tuple[int, int, bytes], TableRuns] = {}
 
@@ -178,6 +180,7 @@ class ReceiveLane:
         self._runs.prepare(first_token, num_tokens)
         self._first_token, self._num_tokens = first_token, num_tokens
         self._got = [_mask(0, first_token // UNIT_TOKENS)] * len(plan.unit_bytes)
+        self._begun = [0] * len(plan.unit_bytes)
         self._full = _mask(0, -(-num_tokens // UNIT_TOKENS))
         self._bytes_expected = sum(plan.num_bytes(i, num_tokens - first_token) for i in range(len(self._got)))
 
@@ -217,6 +220,10 @@ class ReceiveLane:
             raise Misfit("more bytes than credited")
         source_parts = None
         if payload_bytes is None:
+            if any(self._begun[layer] & mask for layer in layers):
+                raise Misfit("some units came twice")
+            for layer in layers:
+                self._begun[layer] |= mask
             source = self._source_of(first, end, frame.source_blocks)
             source_parts = [(layer, source.runs(layer, first, end)) for layer in layers]
         elif frame.source_blocks:

@@ -17,7 +17,7 @@ from kvtransfer.auth import Acceptor, Connector, LinkKey, Refusal, RefusalCode
 from kvtransfer.connection import HANDSHAKE_S, Connection, Dialling, PeerRefused, Role, Traffic
 from kvtransfer.link import LinkClosed
 from kvtransfer.messages import NONCE_BYTES, Goodbye, ProtocolError
-from kvtransfer.transports import local, nixl, shm, tcp, tls
+from kvtransfer.transports import cuda_ipc, local, nixl, shm, tcp, tls
 from kvtransfer.transports.tls import TlsSocket
 
 log = logging.getLogger("kvtransfer")
@@ -55,10 +55,10 @@ class Switchboard:
         selector: selectors.BaseSelector,
         user: LinkUser,
         now: float,
-        agent: nixl.Agent | None = None,
+        agent: nixl.Agent | cuda_ipc.Agent | None = None,
         exposed: bytes = b"",
     ) -> None:
-        """`agent` and `exposed`: for NIXL, and how peers may read this rank's pool by it."""
+        """`agent` and `exposed`: for NIXL or CUDA IPC, and how peers may read this rank's pool by it."""
         self._config = config
         self._me = LinkKey(config.worker_id, config.incarnation, config.layout.tp_rank)
         self._pool_fd = pool_fd
@@ -135,7 +135,7 @@ class Switchboard:
             if sock is not None:
                 nonce = secrets.token_bytes(NONCE_BYTES)
                 me, peer, layout = self._me, dialling.key, config.layout
-                exposed = self._exposed if transport == nixl.NAME else b""
+                exposed = self._exposed if transport in (nixl.NAME, cuda_ipc.NAME) else b""
                 self._add(
                     sock,
                     transport,
@@ -154,6 +154,8 @@ class Switchboard:
             if self._pool_fd is None:
                 raise OSError(0, "this rank's pool can not be shared")
             return shm.dial(peer.unix_path)
+        if transport == cuda_ipc.NAME:
+            return shm.dial(peer.unix_path) if os.path.isdir(os.path.dirname(peer.unix_path)) else None
         if transport == local.NAME:
             return local.dial(peer.port) if peer.host == local.HOST else None
         if peer.host == local.HOST or not peer.port:
@@ -355,4 +357,4 @@ class Switchboard:
 
 def _listener_of(transport: str) -> str:
     """Where the frames of a transport come in."""
-    return tcp.NAME if transport == nixl.NAME else transport
+    return {nixl.NAME: tcp.NAME, cuda_ipc.NAME: shm.NAME}.get(transport, transport)

@@ -9,6 +9,7 @@ import math
 import os
 import queue
 import selectors
+from collections import deque
 from collections.abc import Callable
 from typing import Any, Final, TypeAlias
 
@@ -20,28 +21,30 @@ from kvtransfer.api import (
     Failed,
     LinkReport,
     PeerWorker,
+    Ready,
     TransferEvent,
     TransferId,
 )
-from kvtransfer.arrival import Arrival
+from kvtransfer.arrival import Arrival, DeviceArrival
 from kvtransfer.auth import LinkKey
 from kvtransfer.connection import HANDSHAKE_S, Connection, FrameName, Role
+from kvtransfer.cuda.driver import Job
 from kvtransfer.faults import FaultHook
 from kvtransfer.frames import Sink
-from kvtransfer.lanes import Landing
-from kvtransfer.link import TURN_BYTES, OutgoingFrame
+from kvtransfer.lanes import Landing, Outgoing
+from kvtransfer.link import TURN_BYTES, LinkClosed, OutgoingFrame
 from kvtransfer.messages import NO_DIGEST, Data, Message, Seal
-from kvtransfer.pool import Extents, Pool, data_digest, seal
+from kvtransfer.pool import DevicePool, Extents, Pool, data_digest, seal
 from kvtransfer.protocol import Action, CloseLink, Connect, DataReady, Emit, Send, StopIO
 from kvtransfer.receiving import ReceiveSide
 from kvtransfer.sending import SendSide
 from kvtransfer.switchboard import Listener, Switchboard
-from kvtransfer.transports import nixl, shm
+from kvtransfer.transports import cuda_ipc, nixl, shm
 
 log = logging.getLogger("kvtransfer")
 
 _POLL_S: Final = 0.0005
-"""How often NIXL is asked while it moves bytes: it wakes nobody."""
+"""How often NIXL or a device is asked while it moves bytes: it wakes nobody."""
 
 Command: TypeAlias = tuple[Callable[..., None], tuple[Any, ...]]
 
@@ -56,15 +59,15 @@ class TransferThread:
     def __init__(
         self,
         config: EndpointConfig,
-        pool: Pool,
+        pool: Pool | DevicePool,
         pool_fd: int | None,
         listeners: dict[str, Listener],
         clock: Clock,
         faults: FaultHook | None,
-        agent: nixl.Agent | None = None,
+        agent: nixl.Agent | cuda_ipc.Agent | None = None,
         exposed: bytes = b"",
     ) -> None:
-        """Owns the listeners, and `agent` with what it has `exposed`."""
+        """Owns the listeners, and `agent` with what it has `exposed`. A pool on a device needs its agent."""
         self._agent = agent
         self._name = f"{config.worker_id}#{config.layout.tp_rank}"
         self._pool = pool
@@ -88,6 +91,10 @@ class TransferThread:
         self._next_tick_s = self._now
         self._switchboard = Switchboard(config, pool_fd, listeners, self._selector, self, self._now, agent, exposed)
         self._unpublished: list[TransferEvent] = []
+        self._unready: deque[tuple[Ready, TransferId, int, int]] = deque()
+        """What `written` said of bytes that a device may still be writing, in order."""
+        self._stopping: list[tuple[SendSide | ReceiveSide, TransferId]] = []
+        """Transfers that are over but for work of a device on their blocks."""
         self._bytes_sent = 0
         self._bytes_received = 0
         self._frames_verified = 0
@@ -129,6 +136,13 @@ class TransferThread:
         except LayoutMismatch as error:
             self._tell_link(LinkReport(peer.worker_id, peer.incarnation, -1, "", f"layout: {error.message}"))
 
+    def written(self, transfer_id: TransferId, layer: int, num_tokens: int, ready: Ready | None) -> None:
+        """KV of `layer` for tokens [0, num_tokens) is in the pool, once `ready` has fired."""
+        if ready is None:
+            self.send.written(transfer_id, layer, num_tokens)
+        else:
+            self._unready.append((ready, transfer_id, layer, num_tokens))
+
     def abort(self, now: float, transfer_id: TransferId, reason: str) -> None:
         """End a transfer on whichever side it is; exactly one `Quiesced` follows."""
         side = self.send if self.send.has(transfer_id) else self.receive
@@ -144,6 +158,8 @@ class TransferThread:
         """Loop until `close`; then end everything. A defect ends the thread, and every transfer with it."""
         reason = "the endpoint was closed"
         try:
+            if isinstance(self._agent, cuda_ipc.Agent):
+                self._agent.bind()
             while not self._is_closing:
                 self._turn()
         except Exception as error:  # the top of this thread: the engine thread learns of it in `poll`
@@ -162,6 +178,8 @@ class TransferThread:
         if self._agent is not None:
             self._poll_agent(self._agent)
         self._run_commands()
+        while self._unready and self._unready[0][0].query():
+            self.send.written(*self._unready.popleft()[1:])
         if self._now >= self._next_tick_s:
             self._tick()
         self._act()
@@ -232,7 +250,10 @@ class TransferThread:
                     log.error("KV bytes do not match their digest", extra={"rank": self._name, "reason": event.reason})
             case StopIO(transfer_id):
                 self._stop_io(role, transfer_id)
-                side.io_stopped(self._now, transfer_id)
+                if isinstance(self._agent, cuda_ipc.Agent) and self._agent.touches(transfer_id):
+                    self._stopping.append((side, transfer_id))
+                else:
+                    side.io_stopped(self._now, transfer_id)
             case Connect(key, peer):
                 switchboard.dial(key, peer)
             case CloseLink(key, reason):
@@ -241,7 +262,10 @@ class TransferThread:
                     switchboard.lose(connection, reason)
 
     def _stop_io(self, role: Role, transfer_id: TransferId) -> None:
-        """Copies here are synchronous, so it is enough that no link points into the transfer's blocks any more."""
+        """Begin nothing more on the transfer's blocks, and let no link point into them.
+
+        That is enough where copies are synchronous or end elsewhere; a device's end by themselves (`_stopping`).
+        """
         for connection in self._switchboard.links(role).values():
             if connection.link.stop_io(transfer_id):
                 connection.arrival = None
@@ -251,13 +275,17 @@ class TransferThread:
                 self.receive.num_stale += 1
             for item in [item for item in connection.to_seal if item[0].transfer_id == transfer_id]:
                 connection.to_seal.remove(item)
+            for sealing in [item for item in connection.sealing if item[0].transfer_id == transfer_id]:
+                connection.sealing.remove(sealing)
             if connection.remote is not None:
                 self.receive.num_stale += connection.remote.drop(transfer_id)
 
-    # NIXL.
+    # NIXL and CUDA IPC.
 
     def _is_agent_busy(self) -> bool:
         """Do bytes move, from here or to here, as far as this end knows?"""
+        if isinstance(self._agent, cuda_ipc.Agent) and (self._agent.is_busy or self._unready):
+            return True
         for connection in self._switchboard.connections:
             if connection.remote is not None and connection.remote.is_busy:
                 return True
@@ -265,18 +293,49 @@ class TransferThread:
                 return True
         return False
 
-    def _poll_agent(self, agent: nixl.Agent) -> None:
+    def _poll_agent(self, agent: nixl.Agent | cuda_ipc.Agent) -> None:
         agent.progress()
         for connection in list(self._switchboard.connections):
             budget = TURN_BYTES
+            remote = connection.remote
             try:
-                while budget > 0 and connection.remote is not None and (read := connection.remote.poll()) is not None:
+                while budget > 0 and remote is not None and (read := remote.poll()) is not None:
                     budget -= read.landing.num_bytes
-                    arrival = self._arrival(connection, read.frame, read.landing)
-                    arrival.fetch(connection.remote.staging, read.staged)
-                    self._arrived(connection, arrival)
-            except nixl.ReadFailed as error:
+                    self._has_read(connection, read)
+            except (nixl.ReadFailed, cuda_ipc.ReadFailed) as error:
                 self._switchboard.lose(connection, str(error))
+            while connection.sealing and connection.sealing[0][1].is_done():
+                self._send_seal(connection, *connection.sealing.popleft())
+        self._end_stopped()
+
+    def _has_read(self, connection: Connection, read: nixl.Read | cuda_ipc.Read) -> None:
+        """A frame's bytes are in staging memory, or by a device in their place."""
+        if isinstance(read, cuda_ipc.Read):
+            session = connection.session
+            assert session is not None
+            context = session.context if session.verify else None
+            self._landed(connection, DeviceArrival(read.frame, read.landing, context, read.digest))
+            return
+        assert isinstance(connection.remote, nixl.RemotePool)
+        arrival = self._arrival(connection, read.frame, read.landing)
+        arrival.fetch(connection.remote.staging, read.staged)
+        self._arrived(connection, arrival)
+
+    def _send_seal(self, connection: Connection, frame: Data, job: Job) -> None:
+        """The device has made the digest of a frame that went without."""
+        assert connection.session is not None
+        connection.link.post(_seal(connection.session.context, frame, job.digest))
+        self._switchboard.dirty.add(connection)
+
+    def _end_stopped(self) -> None:
+        """Let go of blocks that no device works on any more."""
+        if not self._stopping:
+            return
+        assert isinstance(self._agent, cuda_ipc.Agent)
+        touched = [item for item in self._stopping if self._agent.touches(item[1])]
+        over, self._stopping = [item for item in self._stopping if item not in touched], touched
+        for side, transfer_id in over:
+            side.io_stopped(self._now, transfer_id)
 
     # What the switchboard and its connections call.
 
@@ -332,10 +391,12 @@ class TransferThread:
             arrival = self._arrival(connection, message, landing)
             arrival.fetch(connection.mapped.pool, landing.source_parts)
             self._landed(connection, arrival)
+        elif isinstance(connection.remote, cuda_ipc.RemotePool):
+            connection.remote.read(message, landing)
         elif connection.remote is not None:
             connection.remote.read(nixl.Read(message, landing))
 
-    def _landed(self, connection: Connection, arrival: Arrival) -> None:
+    def _landed(self, connection: Connection, arrival: Arrival | DeviceArrival) -> None:
         """All bytes of a frame are in place; perhaps its digest is still to come."""
         assert connection.session is not None
         if connection.session.verify and arrival.frame.digest == NO_DIGEST:
@@ -347,6 +408,9 @@ class TransferThread:
         """The digest of a frame whose bytes are in place."""
         arrival = connection.unsealed.pop(_name(message), None)
         if arrival is None:
+            remote = connection.remote
+            if isinstance(remote, cuda_ipc.RemotePool) and remote.seal(message):
+                return
             self.receive.num_stale += 1
             return
         arrival.seal(message.digest)
@@ -362,6 +426,8 @@ class TransferThread:
         session = connection.session
         assert session is not None
         frame = outgoing.frame
+        if isinstance(self._pool, DevicePool):
+            return self._name_on_device(connection, outgoing)
         extents = Extents(self._pool, outgoing.parts, outgoing.num_bytes)
         seal_later: Callable[[bytes], Seal] | None = None
         may_wait = session.verify and self._faults is None and outgoing.num_bytes >= self.late_digest_bytes
@@ -376,6 +442,20 @@ class TransferThread:
             payload = self._faults.before_send(frame, extents.views())
         self._bytes_sent += outgoing.num_bytes
         return OutgoingFrame(frame, [] if connection.is_fetched else payload, outgoing.num_bytes, seal_later)
+
+    def _name_on_device(self, connection: Connection, outgoing: Outgoing) -> OutgoingFrame:
+        """A frame whose bytes the peer's device fetches, while ours makes their digest."""
+        assert isinstance(self._agent, cuda_ipc.Agent)
+        assert connection.session is not None
+        frame = outgoing.frame
+        if connection.session.verify:
+            try:
+                job = self._agent.digest(frame.transfer_id, outgoing.parts, outgoing.num_bytes)
+            except cuda_ipc.ReadFailed as error:
+                raise LinkClosed(str(error)) from error
+            connection.sealing.append((frame, job))
+        self._bytes_sent += outgoing.num_bytes
+        return OutgoingFrame(frame, [], outgoing.num_bytes)
 
     def _next_seal(self, connection: Connection) -> OutgoingFrame | None:
         if not connection.to_seal:
@@ -395,9 +475,10 @@ class TransferThread:
     def _arrival(self, connection: Connection, frame: Data, landing: Landing) -> Arrival:
         session = connection.session
         assert session is not None
+        assert isinstance(self._pool, Pool)
         return Arrival(frame, landing, self._pool, session.context if session.verify else None, self._faults)
 
-    def _arrived(self, connection: Connection, arrival: Arrival) -> None:
+    def _arrived(self, connection: Connection, arrival: Arrival | DeviceArrival) -> None:
         """All bytes of a frame are in place."""
         assert connection.session is not None
         frame, num_bytes, verified = arrival.frame, arrival.landing.num_bytes, arrival.is_verified
@@ -416,9 +497,12 @@ class TransferThread:
         self._switchboard.close(reason)
         if self._agent is not None:
             self._agent.close()
+        self._end_stopped()
+        self._act()
         self._selector.close()
         os.close(self._wake_fd)
-        self._pool.release()
+        if isinstance(self._pool, Pool):
+            self._pool.release()
         self._publish()
         if self.failure is not None and self.on_events is not None:
             self.on_events()

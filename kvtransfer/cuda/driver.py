@@ -32,6 +32,7 @@ _WEYL: Final = 0x9E3779B97F4A7C15
 _SPREAD: Final = 0xC2B2AE3D27D4EB4F
 _MIX: Final = 0x9FB21C651E98DF25
 
+_Words: TypeAlias = npt.NDArray[np.uint64]
 Table: TypeAlias = npt.NDArray[np.uint64]
 """[num_pieces, 3]: (destination address, source address, first unit), in order of the units."""
 
@@ -154,13 +155,13 @@ def table(to: Pieces, source: Pieces | None) -> Table:
 
 def reference_digest(data: bytes | memoryview | npt.NDArray[np.uint8]) -> bytes:
     """What the kernel makes of bytes that lie in order; a multiple of UNIT_BYTES of them."""
-    words = np.frombuffer(data, "<u8").reshape(-1, 2)
-    key = np.arange(1, len(words) + 1, dtype=np.uint64) * np.uint64(_WEYL)
-    a = words[:, 0] + key
-    b = words[:, 1] ^ (key << np.uint64(32) | key >> np.uint64(32))
-    b += _mixed(a)
-    a += _mixed(b ^ np.uint64(_SPREAD))
-    b += _mixed(a ^ np.uint64(_WEYL))
+    words: _Words = np.frombuffer(data, "<u8").reshape(-1, 2)
+    key: _Words = np.arange(1, len(words) + 1, dtype=np.uint64) * np.uint64(_WEYL)
+    a: _Words = words[:, 0] + key
+    b: _Words = words[:, 1] ^ (key << np.uint64(32) | key >> np.uint64(32))
+    b = b + _mixed(a)
+    a = a + _mixed(b ^ np.uint64(_SPREAD))
+    b = b + _mixed(a ^ np.uint64(_WEYL))
     return digest_of(int(a.sum(dtype=np.uint64)), int(b.sum(dtype=np.uint64)), len(words))
 
 
@@ -169,6 +170,6 @@ def digest_of(sum_a: int, sum_b: int, num_units: int) -> bytes:
     return struct.pack("<QQ", (sum_a + num_units) % 2**64, sum_b)
 
 
-def _mixed(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+def _mixed(words: _Words) -> _Words:
     words = (words ^ words >> np.uint64(32)) * np.uint64(_MIX)
     return words ^ words >> np.uint64(29)

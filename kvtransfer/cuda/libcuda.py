@@ -139,9 +139,9 @@ class _Slot:
         self._num_bytes = 0
         host, self.host = self.host, c_void_p()
         device, self.device = self.device, _ADDRESS()
-        if host:
+        if host.value:
             self._calls.call("cuMemFreeHost", host)
-        if device:
+        if device.value:
             self._calls.call("cuMemFree_v2", device)
 
     def close(self) -> None:
@@ -341,15 +341,15 @@ class LibCuda:
 
     def close(self) -> None:
         """Free the stream, the slots and the kernels; the context stays for who else has it."""
-        if not self._context:
+        if not self._context.value:
             return
         with contextlib.suppress(CudaError):  # a device that does not work has nothing to free
             self.bind()
             for slot in self._slots:
                 slot.close()
-            if self._module:
+            if self._module.value:
                 self._calls.call("cuModuleUnload", self._module)
-            if self._stream:
+            if self._stream.value:
                 self._calls.call("cuStreamDestroy_v2", self._stream)
             self._calls.call("cuDevicePrimaryCtxRelease_v2", self._device)
         self._slots, self._free_slots, self._context = [], [], c_void_p()
@@ -411,7 +411,7 @@ def _nvrtc() -> Any:
 
 def _log_of(library: Any, program: c_void_p) -> str:
     size = c_size_t()
-    if not program or library.nvrtcGetProgramLogSize(program, byref(size)) or size.value <= 1:
+    if not program.value or library.nvrtcGetProgramLogSize(program, byref(size)) or size.value <= 1:
         return ""
     log = ctypes.create_string_buffer(size.value)
     library.nvrtcGetProgramLog(program, log)

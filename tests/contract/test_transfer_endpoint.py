@@ -89,7 +89,7 @@ class Lab:
             worker.close()
 
 
-@pytest.fixture(params=["tcp", "tcp+tls", "shm", NIXL, "local"])
+@pytest.fixture(params=["tcp", "tcp+tls", "shm", NIXL, "cuda_ipc", "local"])
 def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
     """After each test: no thread, descriptor or socket file is left."""
     warm_up(request.param)

@@ -54,7 +54,7 @@ class Lab:
         return child
 
 
-@pytest.fixture(params=["tcp", "tcp+tls", "shm", NIXL])
+@pytest.fixture(params=["tcp", "tcp+tls", "shm", NIXL, "cuda_ipc"])
 def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
     """After each test: no thread and no descriptor is left here."""
     warm_up(request.param)
@@ -185,7 +185,7 @@ def test_a_restarted_receiver_at_a_new_address_is_met_as_another_life(lab: Lab) 
 
 
 def test_a_killed_receivers_socket_file_does_not_stop_the_next_one(lab: Lab) -> None:
-    if lab.transport != "shm":
+    if lab.transport not in ("shm", "cuda_ipc"):
         pytest.skip("no socket files")
     receiver = lab.child("d")
     receiver.signal(signal.SIGKILL)

@@ -17,13 +17,14 @@ import numpy as np
 import pytest
 
 from baton.clock import Clock, ManualClock
-from baton.kv_layout import KVGeometry, KVLayout, LayerSpec, ModelKV
+from baton.kv_layout import DeviceMemory, KVGeometry, KVLayout, LayerSpec, ModelKV
 from baton.tls import make_identity
 from kvtransfer.api import EndpointConfig, PeerWorker, SendRequest, TransferEvent, TransferId
 from kvtransfer.endpoint import Endpoint
 from kvtransfer.faults import FaultHook
 from kvtransfer.pool import Extents, Pool
 from kvtransfer.transports import nixl
+from tests.support.fake_cuda import FakeCuda
 
 SECRET = b"a secret of one cluster, 32 byte"
 MODEL = ModelKV((LayerSpec(4, 8), LayerSpec(4, 8), LayerSpec(4, 8)), "bfloat16", "f1")
@@ -47,6 +48,9 @@ class Rank:
     endpoint: Endpoint
     fd: int | None
     mapping: mmap.mmap | None
+    cuda: FakeCuda | None = None
+    """The device of the pool; `buffer` is then a look into it that only tests have."""
+    address: int = 0
     seen: list[TransferEvent] = field(default_factory=list)
     _news: threading.Event = field(default_factory=threading.Event)
 
@@ -117,6 +121,9 @@ class Rank:
             self.mapping.close()
         if self.fd is not None:
             os.close(self.fd)
+        if self.cuda is not None:
+            self.cuda.end_process()
+            assert FakeCuda.violations == []
 
 
 @dataclass
@@ -166,17 +173,36 @@ def make_worker(
     ranks = []
     for tp_rank in range(tp_size):
         layout = KVLayout(model, KVGeometry(tp_size, block_size, num_blocks), tp_rank)
+        config = EndpointConfig(name, incarnation, layout, SECRET, unix_dir=unix_dir, transports=transports)
+        config = replace(config, identity=identity)
+        config = replace(config, **settings)  # type: ignore[arg-type]
+        if transport == "cuda_ipc":
+            ranks.append(_device_rank(config, faults, clock))
+            continue
         fd, mapping = None, None
         if transport == "shm" and shared_pool:
             fd = os.memfd_create("kv", os.MFD_ALLOW_SEALING | os.MFD_CLOEXEC)
             os.ftruncate(fd, layout.pool_bytes)
             mapping = mmap.mmap(fd, layout.pool_bytes)
         buffer = memoryview(mapping if mapping is not None else bytearray(layout.pool_bytes))
-        config = EndpointConfig(name, incarnation, layout, SECRET, unix_dir=unix_dir, transports=transports)
-        config = replace(config, identity=identity)
-        config = replace(config, **settings)  # type: ignore[arg-type]
         ranks.append(Rank(layout, buffer, Endpoint(config, buffer, fd, faults=faults, clock=clock), fd, mapping))
     return Worker(name, incarnation, ranks)
+
+
+def _device_rank(config: EndpointConfig, faults: FaultHook | None, clock: Clock | None) -> Rank:
+    """A rank whose pool lies on a device of its own, not at the start of its allocation."""
+    cuda, before = FakeCuda(), 4096
+    start = cuda.allocate(before + config.layout.pool_bytes + 512)
+    buffer = cuda.view(start)[before : before + config.layout.pool_bytes]
+    memory = DeviceMemory(start + before, config.layout.pool_bytes, 0)
+    try:
+        endpoint = Endpoint(config, memory, clock=clock, cuda=cuda)
+    except BaseException:
+        buffer.release()
+        cuda.end_process()
+        raise
+    cuda.faults = faults
+    return Rank(config.layout, buffer, endpoint, None, None, cuda, memory.address)
 
 
 def extents_over(data: bytes, cuts: Sequence[int] = ()) -> Extents:

@@ -10,7 +10,6 @@ from typing import Final, Protocol
 from baton.kv_layout import KVLayout
 from baton.request import AttemptId, GenerateRequest, SamplingParams, TokenEvent, TokenLogprobs
 
-
 PENDING: Final = -1
 """In a plan for an OverlappingRunner: the token that its step before chose for the same attempt, not read yet."""
 

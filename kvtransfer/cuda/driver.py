@@ -2,10 +2,10 @@
 
 The digest of `num_units` units of 16 bytes, the unit at place i being the little-endian words (lo, hi):
 
-    key = (i + 1) * WEYL
-    a   = lo + key                          all arithmetic modulo 2^64
-    b   = hi ^ rotate_left(key, 32)
-    b  += mix(a);  a += mix(b ^ SPREAD);  b += mix(a ^ WEYL)
+    key = (i + 1) * WEYL                    all arithmetic modulo 2^64
+    a   = lo ^ key
+    b   = hi + rotate_left(key, 32)
+    b  ^= mix(a);  a ^= mix(b);  b ^= mix(a);  a ^= mix(b)
     digest = (num_units + sum of all a, sum of all b)        two little-endian words
 
 Sums do not depend on the order of threads. For one place (lo, hi) -> (a, b) is a bijection, so a change within one unit
@@ -29,7 +29,6 @@ UNIT_BYTES: Final = 16
 """What a thread moves at a time: every address and length is a multiple of it."""
 
 _WEYL: Final = 0x9E3779B97F4A7C15
-_SPREAD: Final = 0xC2B2AE3D27D4EB4F
 _MIX: Final = 0x9FB21C651E98DF25
 
 _Words: TypeAlias = npt.NDArray[np.uint64]
@@ -157,11 +156,11 @@ def reference_digest(data: bytes | memoryview | npt.NDArray[np.uint8]) -> bytes:
     """What the kernel makes of bytes that lie in order; a multiple of UNIT_BYTES of them."""
     words: _Words = np.frombuffer(data, "<u8").reshape(-1, 2)
     key: _Words = np.arange(1, len(words) + 1, dtype=np.uint64) * np.uint64(_WEYL)
-    a: _Words = words[:, 0] + key
-    b: _Words = words[:, 1] ^ (key << np.uint64(32) | key >> np.uint64(32))
-    b = b + _mixed(a)
-    a = a + _mixed(b ^ np.uint64(_SPREAD))
-    b = b + _mixed(a ^ np.uint64(_WEYL))
+    a: _Words = words[:, 0] ^ key
+    b: _Words = words[:, 1] + (key << np.uint64(32) | key >> np.uint64(32))
+    for _ in range(2):
+        b = b ^ _mixed(a)
+        a = a ^ _mixed(b)
     return digest_of(int(a.sum(dtype=np.uint64)), int(b.sum(dtype=np.uint64)), len(words))
 
 

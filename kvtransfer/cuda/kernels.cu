@@ -61,11 +61,12 @@ extern "C" __global__ void baton_digest(const Piece* pieces, unsigned num_pieces
             while (at + 1 < num_pieces && pieces[at + 1].first_unit <= unit) ++at;
             const ulonglong2 words = *(const ulonglong2*)(pieces[at].to + (unit - pieces[at].first_unit) * 16);
             const u64 key = (unit + 1) * 0x9E3779B97F4A7C15ull;
-            u64 a = words.x + key;
-            u64 b = words.y ^ (key << 32 | key >> 32);
-            b += mixed(a);
-            a += mixed(b ^ 0xC2B2AE3D27D4EB4Full);
-            b += mixed(a ^ 0x9E3779B97F4A7C15ull);
+            u64 a = words.x ^ key;
+            u64 b = words.y + (key << 32 | key >> 32);
+            b ^= mixed(a);
+            a ^= mixed(b);
+            b ^= mixed(a);
+            a ^= mixed(b);
             sum_a += a;
             sum_b += b;
         }

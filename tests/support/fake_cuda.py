@@ -234,7 +234,11 @@ class FakeCuda:
         items = [(int(a), int(b), int(n)) for a, b, n in zip(rows[:, 0], rows[:, 1], lengths, strict=True)]
         job = FakeJob(self, items, source is not None and not self.breaks_copies)
         self._queue.append(job)
-        self._run()
+        try:
+            self._run()
+        except CudaError:
+            self._queue.remove(job)
+            raise
         return job
 
     def finish(self) -> None:

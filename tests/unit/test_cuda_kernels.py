@@ -106,7 +106,8 @@ def test_decode_attention_is_the_references(
     )
     starts = ints([*(entry.start for entry in batch.entries), -1])  # the last row is padding
     query = torch.cat((batch.query, batch.query[:1])).to(DEVICE)
-    actual = decode_attention(
+    actual = torch.full_like(query, float("nan"))
+    decode_attention(
         query,
         batch.pool.kv.to(DEVICE),
         starts,
@@ -114,6 +115,7 @@ def test_decode_attention_is_the_references(
         torch.cat((batch.table_begin, batch.table_begin[:1])),
         window=window,
         num_splits=num_splits,
+        out=actual,
     )
     close(actual[:-1], batch.expected(window))
     assert not actual[-1].any()

@@ -164,15 +164,15 @@ def decode_attention(
     *,
     window: int | None,
     num_splits: int,
-) -> Tensor:
-    """Attention of one new token per sequence, [num_seqs, heads, head_dim]; so is the result.
+    out: Tensor,
+) -> None:
+    """Attention of one new token per sequence, [num_seqs, heads, head_dim], into `out`, which is like it.
 
     `pool` is a layer, [num_blocks, 2, kv_heads, block_size, head_dim]; `starts` [num_seqs] int32 the tokens' positions,
     negative for a row that is only padding, whose result is zero; `tables` int32 all block tables, of which sequence
     s has its own from `table_begin[s]` on. `num_splits` is a power of two; the grid does not depend on the context, so
     a CUDA graph may hold the launch.
     """
-    out = torch.empty_like(query)
     num_seqs, heads, dim = query.shape
     split = (num_seqs, num_splits, heads)
     is_split = num_splits > 1
@@ -191,7 +191,6 @@ def decode_attention(
     )
     if is_split:
         _reduce_kernel[(num_seqs, heads)](sums, scales, out, heads, dim, triton.next_power_of_2(dim), num_splits)
-    return out
 
 
 def prefill_rows(group: int, head_dim: int) -> int:

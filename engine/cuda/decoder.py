@@ -1,0 +1,130 @@
+"""The decoder of engine.models, computed with fused kernels: same weights, same sharding, same roundings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.comm import Comm
+from engine.cuda.buckets import num_splits
+from engine.cuda.device import Device
+from engine.cuda.inputs import StepTensors
+from engine.cuda.kernels.attention import decode_attention, prefill_attention, prefill_rows
+from engine.cuda.kernels.fused import add_rms_norm, silu_mul, write_qkv
+from engine.kv_pool import KVPool
+from engine.layers.linear import TorchLinears
+from engine.model_config import ModelConfig
+from engine.models.decoder import Decoder
+from engine.weights import WeightSource
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One step's inputs. Its first `num_decodes` sequences have one new token each, the others are prompt chunks."""
+
+    tensors: StepTensors
+    num_decodes: int
+    samples_all: bool
+    """Does every token's successor get sampled, in order? Then `tensors.rows` is not read."""
+
+
+class FusedDecoder(Decoder):
+    """One rank's shard on CUDA, and its pool. What a step computes depends on no host value, so a graph can hold it."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: WeightSource,
+        *,
+        dtype: torch.dtype,
+        comm: Comm,
+        pool: KVPool,
+        device: Device,
+    ) -> None:
+        """See Decoder. Takes cosines and sines of every position, too: max_positions * head_dim * itemsize bytes."""
+        super().__init__(config, weights, dtype=dtype, comm=comm, linears=TorchLinears(), device=device.torch_device)
+        self._pool = pool
+        self._num_multiprocessors = device.num_multiprocessors
+        positions = torch.arange(config.max_position_embeddings, device=device.torch_device)
+        half = config.head_dim // 2
+        cos, sin = self._rope.cos_sin(positions, dtype)
+        self._cos_sin = torch.stack((cos[:, 0, :half], sin[:, 0, :half]), dim=1).contiguous()
+
+    @property
+    def num_layers(self) -> int:
+        """Of the model."""
+        return len(self._layers)
+
+    def tokens_per_tile(self) -> int:
+        """New tokens of a prompt chunk that one tile of attention computes."""
+        group = int(self._num_heads // self._num_kv_heads)
+        return prefill_rows(group, self._config.head_dim) // group
+
+    def compute(self, step: Step, last_tokens: Tensor, kv_written: Callable[[int], None]) -> Tensor | None:
+        """As `Decoder.forward`, but logits are in the model's dtype, and tokens may come from `last_tokens`.
+
+        `kv_written(layer)` is called when the layer's KV is queued to be written. `last_tokens` is int32.
+        """
+        eps = self._config.rms_norm_eps
+        given = step.tensors
+        fed = last_tokens[given.sources.clamp(min=0)]
+        hidden = self._embedding[torch.where(given.sources >= 0, fed, given.tokens)]
+        delta: Tensor | None = None
+        for index, layer in enumerate(self._layers):
+            qkv = layer.qkv(add_rms_norm(hidden, delta, layer.input_norm, eps))
+            norms = None if layer.q_norm is None or layer.k_norm is None else (layer.q_norm, layer.k_norm)
+            query = write_qkv(
+                qkv,
+                self._pool.layer(index),
+                norms,
+                self._cos_sin,
+                given.positions,
+                given.token_seqs,
+                given.tables,
+                given.table_begin,
+                eps=eps,
+            )
+            kv_written(index)
+            attended = layer.output(self._attended(index, query, step).view(len(query), -1))
+            self._comm.all_reduce(attended)
+            delta = layer.down(silu_mul(layer.gate_up(add_rms_norm(hidden, attended, layer.post_norm, eps))))
+            self._comm.all_reduce(delta)
+        if len(given.rows) == 0:
+            return None
+        if not step.samples_all:
+            assert delta is not None
+            hidden, delta = hidden[given.rows], delta[given.rows]
+        shards = self._comm.gather(self._head(add_rms_norm(hidden, delta, self._norm, eps)))
+        return None if shards is None else torch.cat(shards, dim=-1)[:, : self._config.vocab_size]
+
+    def _attended(self, index: int, query: Tensor, step: Step) -> Tensor:
+        given, window = step.tensors, self._config.windows[index]
+        pool = self._pool.layer(index)
+        out = torch.empty_like(query)
+        if step.num_decodes:
+            decodes = slice(0, step.num_decodes)
+            decode_attention(
+                query[decodes],
+                pool,
+                given.starts[decodes],
+                given.tables,
+                given.table_begin[decodes],
+                window=window,
+                num_splits=num_splits(step.num_decodes, self._num_kv_heads, self._num_multiprocessors),
+                out=out[decodes],
+            )
+        if len(given.tile_seqs):
+            prefill_attention(
+                query,
+                pool,
+                (given.tile_seqs, given.tile_begin),
+                (given.first_rows, given.starts, given.num_new),
+                given.tables,
+                given.table_begin,
+                window=window,
+                out=out,
+            )
+        return out

@@ -81,14 +81,18 @@ class TopologySection(_Section):
 class TransferSection(_Section):
     """KV between workers."""
 
-    transports: tuple[Literal["shm", "nixl", "tcp"], ...] = ("shm", "tcp")  # in order of preference
+    transports: tuple[Literal["shm", "nixl", "cuda_ipc", "tcp"], ...] = ("shm", "tcp")  # in order of preference
     credit_bytes: int = Field(default=32 * 2**20, ge=2**16)
     lease_s: float = Field(default=10.0, gt=0.1)
 
     @model_validator(mode="after")
     def _tcp_is_the_fallback(self) -> TransferSection:
         if not self.transports:
-            raise ValueError("transports must name at least one of shm, nixl, tcp")
+            raise ValueError("transports must name at least one of shm, nixl, cuda_ipc, tcp")
+        if "cuda_ipc" in self.transports and len(self.transports) > 1:
+            raise ValueError(
+                "transports: cuda_ipc alone reads a KV pool on a device, and reads no other; leave the rest out"
+            )
         return self
 
 
@@ -147,6 +151,8 @@ class Config(_Section):
             raise ValueError("engine.device: cuda is not supported by this version; use cpu")
         if self.model.quantization is not None and self.engine.kind == "sim":
             raise ValueError("model.quantization: the simulated engine has no weights to quantize")
+        if "cuda_ipc" in self.transfer.transports and (self.engine.device == "cpu" or self.engine.kind == "sim"):
+            raise ValueError("transfer.transports: cuda_ipc needs an engine whose KV pool is on a CUDA device")
         if self.is_encrypted and "nixl" in self.transfer.transports:
             raise ValueError(
                 "transfer.transports: nixl does not encrypt; leave it out, or set cluster.encryption: none"

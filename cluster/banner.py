@@ -118,7 +118,9 @@ def _shape(workers: Sequence[WorkerPlan], config: Config) -> str:
     if any(plan.role == "prefill" for plan in workers):
         text += f"; KV moves by {', else '.join(config.kv_transports)}"
     if config.is_encrypted:
-        text += "; TLS between processes" + (", but for shared memory" if "shm" in config.transfer.transports else "")
+        text += "; TLS between processes" + (
+            ", but for KV on one machine" if {"shm", "cuda_ipc"} & set(config.transfer.transports) else ""
+        )
     return text
 
 
@@ -153,6 +155,8 @@ def _notes(config: Config) -> list[str]:
         notes.append(
             "Ray's own channels, by which processes get the cluster secret, are not encrypted; see RAY_USE_TLS"
         )
+    if "cuda_ipc" in config.transfer.transports:
+        notes.append("KV by CUDA IPC, verified on the device, was tested without a GPU only")
     is_loopback = config.router.host in ("localhost", "::1") or config.router.host.startswith("127.")
     if not is_loopback and config.router.api_key_file is None:
         where = "the routers' nodes" if config.router.host == OWN_ADDRESS else config.router.host

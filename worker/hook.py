@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from baton.request import AttemptId
 from engine.types import StepPlan
-from kvtransfer.api import TransferEndpoint, TransferId
+from kvtransfer.api import Ready, TransferEndpoint, TransferId
 
 
 class TransferHook:
@@ -40,10 +40,10 @@ class TransferHook:
 
     def layer_done(self, layer: int, ready: object | None) -> None:
         """Announce one layer of every open attempt in the step. (`ready` is None on a CPU: it is written.)"""
-        assert ready is None
+        assert ready is None or isinstance(ready, Ready)
         self.num_layers_done += 1
         for transfer_id, num_tokens in self._step:
-            self._transfers.written(transfer_id, layer, num_tokens)
+            self._transfers.written(transfer_id, layer, num_tokens, ready)
         self.on_layer()
 
     def step_done(self) -> None:

@@ -138,7 +138,7 @@ def _open_endpoint(spec: RankSpec, runner: Runner) -> TransferEndpoint:
         layout=runner.layout,
         secret=auth.derive(secret, "kv transfer v1"),
         host=spec.host,
-        unix_dir=spec.worker_dir if "shm" in spec.transports else "",
+        unix_dir=spec.worker_dir if {"shm", "cuda_ipc"} & set(spec.transports) else "",
         transports=spec.transports,
         identity=make_identity(secret) if "tcp+tls" in spec.transports else None,
         credit_bytes=spec.credit_bytes,

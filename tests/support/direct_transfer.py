@@ -83,7 +83,7 @@ class DirectEndpoint:
         event = ReserveRequested(request.transfer_id, self.worker_id, request.num_tokens, request.reserve_payload)
         self._send(request.transfer_id, lambda: destination.events.append(event))
 
-    def written(self, transfer_id: TransferId, layer: int, num_tokens: int) -> None:
+    def written(self, transfer_id: TransferId, layer: int, num_tokens: int, ready: object = None) -> None:
         self.network.transfers[transfer_id].written[layer] = num_tokens
         self._copy_if_possible(transfer_id)
 

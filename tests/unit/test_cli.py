@@ -67,6 +67,20 @@ def test_nixl_is_a_transport_that_can_not_be_encrypted() -> None:
         configure(*nixl, "--encrypt")
 
 
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        (("--set", "transfer.transports=[cuda_ipc]", "--device", "cpu"), "needs an engine whose KV pool is on a CUDA"),
+        (("--set", "transfer.transports=[cuda_ipc]", "--set", "engine.kind=sim"), "needs an engine whose KV pool"),
+        (("--set", "transfer.transports=[cuda_ipc,tcp]"), "cuda_ipc alone reads a KV pool on a device"),
+    ],
+)
+def test_cuda_ipc_is_a_transport_for_pools_on_devices_and_for_nothing_else(settings: tuple[str, ...], why: str) -> None:
+    assert configure("--set", "transfer.transports=[cuda_ipc]").kv_transports == ("cuda_ipc",)
+    with pytest.raises(ValueError, match=why):
+        configure(*settings)
+
+
 def test_every_flag_names_a_key_of_the_configuration() -> None:
     for flag in cli.FLAGS:
         value_of(Config(), flag.key)

@@ -142,13 +142,15 @@ class Config(_Section):
 
     @property
     def kv_transports(self) -> tuple[str, ...]:
-        """How KV may travel, in order of preference, as kvtransfer names it."""
+        """How KV may travel, in order of preference, as kvtransfer names it. Out of a device's pool only cuda_ipc does."""
+        if self.engine.device == "cuda":
+            return ("cuda_ipc",)
         return tuple("tcp+tls" if name == "tcp" and self.is_encrypted else name for name in self.transfer.transports)
 
     @model_validator(mode="after")
     def _supported(self) -> Config:
         if self.engine.device == "cuda":
-            raise ValueError("engine.device: cuda is not supported by this version; use cpu")
+            self._check_cuda()
         if self.model.quantization is not None and self.engine.kind == "sim":
             raise ValueError("model.quantization: the simulated engine has no weights to quantize")
         if "cuda_ipc" in self.transfer.transports and (self.engine.device == "cpu" or self.engine.kind == "sim"):
@@ -162,6 +164,17 @@ class Config(_Section):
         if self.router.host == "node" and self.cluster.address is None:
             raise ValueError("router.host: node needs cluster.address; without a Ray cluster, name an address")
         return self
+
+    def _check_cuda(self) -> None:
+        """Whether a device is there, only the process that computes can say."""
+        if self.engine.kind == "sim":
+            raise ValueError("engine.device: the simulated engine has no device; leave cuda out")
+        if self.model.quantization is not None:
+            raise ValueError(f"model.quantization: {self.model.quantization} is computed on the CPU only, not on cuda")
+        if max(self.topology.tp, self.topology.prefill_tp or 1) > 1:
+            raise ValueError("topology.tp: tensor parallelism on cuda is not supported by this version; use 1")
+        if "transports" in self.transfer.model_fields_set and self.transfer.transports != ("cuda_ipc",):
+            raise ValueError("transfer.transports: out of a CUDA device KV travels by cuda_ipc alone")
 
 
 def load_config(path: str | None = None, settings: dict[str, Any] | None = None) -> Config:

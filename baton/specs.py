@@ -46,6 +46,8 @@ class RankSpec:
     enable_prefix_caching: bool = True
     threads: int = 1
     cores: tuple[int, ...] = ()
+    device: str = "cpu"
+    """cpu or cuda."""
     transports: tuple[str, ...] = ("shm", "tcp")
     credit_bytes: int = 32 * 2**20
     lease_s: float = 10.0

@@ -298,6 +298,7 @@ class Orders:
             enable_prefix_caching=engine.enable_prefix_caching,
             threads=engine.threads_per_rank,
             cores=plan.cores[tp_rank],
+            device="cuda" if engine.device == "cuda" else "cpu",
             transports=config.kv_transports,
             credit_bytes=config.transfer.credit_bytes,
             lease_s=config.transfer.lease_s,

@@ -6,29 +6,44 @@ import hashlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from baton.kv_layout import KVGeometry, KVLayout, LayerSpec, ModelKV
+from baton.kv_layout import DeviceMemory, KVGeometry, KVLayout, LayerSpec, ModelKV
 from engine.attention.reference import ReferenceAttention
 from engine.comm import Comm, SingleComm
 from engine.cpu_fast import FastDecoder, Greedy
 from engine.kernels.build import KernelsUnavailable
-from engine.kv_pool import TORCH_DTYPES, MemfdPool
+from engine.kv_pool import TORCH_DTYPES, KVPool, MemfdPool
 from engine.layers.linear import TorchLinears
 from engine.model_config import ModelConfig, ModelUnsupported, check_split, read_model_config
 from engine.models.decoder import Decoder, optional_tensors, tensor_shapes
 from engine.plan_codec import decode_plan, encode_plan
 from engine.progress import MeteredWeights
 from engine.sampler import NonFiniteLogits, is_plain_greedy, sample
-from engine.types import BatchEntry, Sampled, StepFailed, StepHook, StepPlan
+from engine.types import (
+    PENDING,
+    BatchEntry,
+    Collected,
+    Launched,
+    OverlappingRunner,
+    Sampled,
+    StepFailed,
+    StepHook,
+    StepPlan,
+)
 from engine.weights import Checkpoint, DummyWeights, WeightSource, fingerprint
+
+if TYPE_CHECKING:
+    from engine.cuda.device import Device
+    from engine.cuda.steps import CudaSteps
 
 log = logging.getLogger(__name__)
 
+DEVICES: Final = ("cpu", "cuda")
 LOAD_FORMATS: Final = ("auto", "dummy")
 BACKENDS: Final = ("auto", "reference", "fast")
 
@@ -54,6 +69,8 @@ class NativeRunner:
         cores: Sequence[int] = (),
         backend: str = "auto",
         quantization: str | None = None,
+        max_num_seqs: int = 256,
+        cuda_device: Device | None = None,
     ) -> None:
         """Load this rank's shard and take its pool: `num_blocks` blocks, or as many as fit in `kv_cache_bytes`.
 
@@ -63,7 +80,12 @@ class NativeRunner:
         threads of the fast backend are pinned to `cores`, if given. `backend`: "fast" is engine.cpu_fast, "reference"
         plain torch, "auto" the first that works here. `quantization` "int8" needs the fast one.
 
+        With `device` "cuda" the pool lies on the GPU and `backend` "fast" or "auto" is engine.cuda, whose decode steps
+        of up to `max_num_seqs` sequences are graphs; "reference" is plain torch on the GPU. `cuda_device` (tests)
+        takes the place of torch.cuda.
+
         Raises:
+            CudaUnavailable: `device` is "cuda", and torch finds none, or there is no triton.
             ModelUnsupported: config.json asks for something that is not computed, or does not split over the ranks.
             WeightsMismatch: the checkpoint does not fit the config.
             KernelsUnavailable: the fast backend was asked for and can not run here.
@@ -71,8 +93,14 @@ class NativeRunner:
         """
         if backend not in BACKENDS or quantization not in (None, "int8"):
             raise ValueError(f"backend {backend!r} is not in {BACKENDS}, or quantization {quantization!r} is not int8")
-        if device != "cpu":
-            raise ValueError(f"device must be cpu, not {device!r}")
+        if device not in DEVICES:
+            raise ValueError(f"device must be one of {DEVICES}, not {device!r}")
+        if device == "cuda":
+            from engine.cuda.device import CudaDevice
+
+            if quantization is not None:
+                raise ValueError(f"quantization {quantization} is computed on the CPU only, not on cuda")
+            cuda_device = cuda_device or CudaDevice()
         if load_format not in LOAD_FORMATS:
             raise ValueError(f"load_format must be one of {LOAD_FORMATS}, not {load_format!r}")
         if num_threads is not None:
@@ -95,8 +123,15 @@ class NativeRunner:
         weights: WeightSource = DummyWeights(shapes, optional) if is_dummy else Checkpoint(model_dir, shapes, optional)
         if self._comm.rank == 0:
             weights = MeteredWeights(weights, shapes)
-        self._pool = MemfdPool(self.layout)
+        self._pool: KVPool
         self._fast: FastDecoder | None = None
+        self._steps: CudaSteps | None = None
+        self._device_memory: DeviceMemory | None = None
+        if cuda_device is not None:
+            self._load_on(cuda_device, weights, dtype, backend, max_num_seqs)
+            self._is_closed = False
+            return
+        self._pool = MemfdPool(self.layout)
         if backend != "reference" or quantization is not None:
             try:
                 self._fast = FastDecoder(
@@ -121,9 +156,59 @@ class NativeRunner:
             self._attention = ReferenceAttention(self._pool, self.config.windows)
         self._is_closed = False
 
-    def kv_buffer(self) -> memoryview:
+    def _load_on(self, device: Device, weights: WeightSource, dtype: str, backend: str, max_num_seqs: int) -> None:
+        """The pool and the model on a CUDA device."""
+        from engine.cuda.decoder import FusedDecoder
+        from engine.cuda.pool import DevicePool
+        from engine.cuda.steps import CudaSteps
+
+        pool = self._pool = DevicePool(self.layout, device.torch_device)
+        self._device_memory = pool.memory()
+        if backend == "reference":
+            where = device.torch_device
+            self._decoder = Decoder(
+                self.config, weights, dtype=TORCH_DTYPES[dtype], comm=self._comm, linears=TorchLinears(), device=where
+            )
+            self._attention = ReferenceAttention(pool, self.config.windows)
+            return
+        decoder = FusedDecoder(
+            self.config, weights, dtype=TORCH_DTYPES[dtype], comm=self._comm, pool=pool, device=device
+        )
+        geometry = self.layout.geometry
+        max_blocks = min(-(-self.config.max_position_embeddings // geometry.block_size), geometry.num_blocks)
+        self._steps = CudaSteps(
+            decoder,
+            device,
+            max_num_seqs=max_num_seqs,
+            num_blocks=geometry.num_blocks,
+            max_blocks_per_seq=max_blocks,
+            is_leader=self._comm.rank == 0,
+        )
+        self._steps.capture_all()
+
+    @property
+    def overlapping(self) -> OverlappingRunner | None:
+        """This runner as one whose steps overlap, where they can."""
+        return self if self._steps is not None and self._comm.size == 1 else None
+
+    def launch(self, plan: StepPlan, hook: StepHook | None = None) -> Launched:
+        """See OverlappingRunner; only where `overlapping` is not None.
+
+        Raises:
+            ValueError: the plan can not be run on this pool and model; nothing was computed.
+        """
+        assert self._steps is not None
+        self._check(plan, lowest_token=PENDING)
+        return self._steps.launch(plan, hook)
+
+    def collect(self, launched: Launched) -> Collected:
+        """See OverlappingRunner."""
+        assert self._steps is not None
+        return self._steps.collect(launched)
+
+    def kv_buffer(self) -> memoryview | DeviceMemory:
         """See Runner."""
-        return self._pool.buffer()
+        return self._device_memory or self._pool.buffer()
 
     def kv_fd(self) -> int | None:
         """See Runner."""
@@ -140,6 +225,8 @@ class NativeRunner:
         if not plan.entries:
             return []
         self._check(plan)
+        if self._steps is not None:
+            return self._run_steps(self._steps, plan, hook)
         try:
             logits = self._compute(plan, hook) if self._fast is None else self._compute_fast(self._fast, plan, hook)
         except BaseException:
@@ -167,13 +254,16 @@ class NativeRunner:
         if not self._is_closed:
             self._is_closed = True
             self._comm.close()
-            if self._fast is None:
+            if self._steps is not None:
+                self._steps.close()
+                self._steps = None
+            elif self._fast is None:
                 del self._decoder, self._attention  # they hold views of the pool
             else:
                 self._fast.close()
             self._pool.close()
 
-    def _check(self, plan: StepPlan) -> None:
+    def _check(self, plan: StepPlan, lowest_token: int = 0) -> None:
         """A plan that breaks one of these would read or write outside its blocks, or outside of the model."""
         block_size, num_blocks = self.layout.geometry.block_size, self.layout.geometry.num_blocks
         for entry in plan.entries:
@@ -185,18 +275,29 @@ class NativeRunner:
                 problem = f"goes to token {end}; the model ends at {self.config.max_position_embeddings}"
             elif end > len(table) * block_size:
                 problem = f"needs {end} tokens of KV; its block table holds {len(table) * block_size}"
-            elif min(table) < 0 or max(table) >= num_blocks:
+            elif self._steps is None and (min(table) < 0 or max(table) >= num_blocks):  # CudaSteps looks itself
                 problem = f"names a block outside of 0..{num_blocks - 1}"
-            elif min(entry.token_ids) < 0 or max(entry.token_ids) >= self.config.vocab_size:
+            elif min(entry.token_ids) < lowest_token or max(entry.token_ids) >= self.config.vocab_size:
                 problem = f"has a token outside of the vocabulary of {self.config.vocab_size}"
             if problem:
                 raise ValueError(f"step {plan.step_id}: {entry.attempt_id} {problem}")
+
+    def _run_steps(self, steps: CudaSteps, plan: StepPlan, hook: StepHook | None) -> list[Sampled | None]:
+        """One step, and nothing beside it."""
+        try:
+            collected = steps.collect(steps.launch(plan, hook))
+        except BaseException:
+            self._comm.close()
+            raise
+        if collected.failed:
+            raise StepFailed(f"step {plan.step_id}: logits of {collected.failed} are not finite", collected.failed)
+        return collected.sampled
 
     @torch.inference_mode()
     def _compute(self, plan: StepPlan, hook: StepHook | None) -> Tensor | None:
         """Logits of the rows that sample, on the leader."""
         assert not self._is_closed
-        token_ids, positions, rows = _flatten(plan.entries)
+        token_ids, positions, rows = (tensor.to(self._pool.layer(0).device) for tensor in _flatten(plan.entries))
         if hook is not None:
             hook.step_begin(plan)
         self._attention.begin_step(plan.entries)

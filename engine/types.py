@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
-from baton.kv_layout import KVLayout
+from baton.kv_layout import DeviceMemory, KVLayout
 from baton.request import AttemptId, GenerateRequest, SamplingParams, TokenEvent, TokenLogprobs
 
 PENDING: Final = -1
@@ -121,8 +121,11 @@ class Runner(Protocol):
 
     layout: KVLayout
 
-    def kv_buffer(self) -> memoryview:
-        """The whole pool as writable bytes in the canonical layout (baton.kv_layout); valid until `close`."""
+    def kv_buffer(self) -> memoryview | DeviceMemory:
+        """The whole pool in the canonical layout (baton.kv_layout): as writable bytes, or where it is on a device.
+
+        Valid until `close`.
+        """
         ...
 
     def kv_fd(self) -> int | None:

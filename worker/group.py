@@ -10,9 +10,10 @@ from typing import Any
 
 import zmq
 
+from baton.kv_layout import DeviceMemory
 from baton.request import AttemptId
 from engine.plan_codec import encode_plan
-from engine.types import Runner, Sampled, StepHook, StepPlan
+from engine.types import Collected, Launched, OverlappingRunner, Runner, Sampled, StepHook, StepPlan
 from kvtransfer.api import SendRequest, TransferEndpoint, TransferId
 from worker import codec
 from worker.channel import Channel, endpoint
@@ -53,7 +54,7 @@ class Group:
         """KV that earlier steps wrote, for a transfer that was opened after them."""
         self.tell("written", transfer_id, num_layers, num_tokens)
         for layer in range(num_layers):
-            self._transfers.written(transfer_id, layer, num_tokens)
+            self._transfers.written(transfer_id, layer, num_tokens, self._hook.last_ready)
 
     def finish(self, transfer_id: TransferId, manifest: bytes) -> None:
         """All tokens are computed; only the leaders speak of it."""
@@ -92,15 +93,19 @@ class Group:
 
 
 class GroupRunner:
-    """The leader's runner with its followers behind it: the plan goes out, then the leader computes its part."""
+    """The leader's runner with its followers behind it: the plan goes out, then the leader computes its part.
 
-    def __init__(self, runner: Runner, group: Group) -> None:
+    Without followers its steps may overlap, where `overlapping` is the same runner as one that can.
+    """
+
+    def __init__(self, runner: Runner, group: Group, overlapping: OverlappingRunner | None = None) -> None:
         self._runner = runner
         self._group = group
+        self._overlapping = overlapping
         self.layout = runner.layout
         self.before_step: Callable[[StepPlan], None] = lambda plan: None
 
-    def kv_buffer(self) -> memoryview:
+    def kv_buffer(self) -> memoryview | DeviceMemory:
         """The leader's own pool."""
         return self._runner.kv_buffer()
 
@@ -114,6 +119,18 @@ class GroupRunner:
         if self._group.followers:
             self._group.tell("plan", encode_plan(plan, for_followers=True))
         return self._runner.run(plan, hook)
+
+    def launch(self, plan: StepPlan, hook: StepHook | None = None) -> Launched:
+        """See OverlappingRunner."""
+        assert self._overlapping is not None
+        assert not self._group.followers
+        self.before_step(plan)
+        return self._overlapping.launch(plan, hook)
+
+    def collect(self, launched: Launched) -> Collected:
+        """See OverlappingRunner."""
+        assert self._overlapping is not None
+        return self._overlapping.collect(launched)
 
     def close(self) -> None:
         """Free the leader's pool."""

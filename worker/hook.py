@@ -21,6 +21,8 @@ class TransferHook:
         self._open: dict[AttemptId, TransferId] = {}
         self._step: list[tuple[TransferId, int]] = []
         self.num_layers_done = 0
+        self.last_ready: Ready | None = None
+        """On a device: fires when all KV announced so far is written."""
 
     def open(self, attempt_id: AttemptId, transfer_id: TransferId) -> None:
         """From the next step on, announce this attempt's KV under `transfer_id`."""
@@ -42,6 +44,7 @@ class TransferHook:
         """Announce one layer of every open attempt in the step. (`ready` is None on a CPU: it is written.)"""
         assert ready is None or isinstance(ready, Ready)
         self.num_layers_done += 1
+        self.last_ready = ready
         for transfer_id, num_tokens in self._step:
             self._transfers.written(transfer_id, layer, num_tokens, ready)
         self.on_layer()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from baton.kv_layout import KVGeometry, KVLayout, LayerSpec, ModelKV
 from baton.specs import RankSpec
-from engine.types import Runner
+from engine.types import OverlappingRunner, Runner
 
 if TYPE_CHECKING:
     from engine.comm import Comm  # brings torch, which the simulated engine does without
@@ -24,6 +24,8 @@ class LoadedModel:
     max_model_len: int
     vocab_size: int
     eos_token_ids: tuple[int, ...]
+    overlapping: OverlappingRunner | None = None
+    """The runner, as one whose steps overlap; None where they do not."""
 
 
 def num_blocks(spec: RankSpec, model: ModelKV, max_model_len: int) -> int:
@@ -74,8 +76,10 @@ def _load_native(spec: RankSpec) -> LoadedModel:
         num_threads=spec.threads,
         cores=spec.cores,
         quantization=spec.model.quantization,
+        device=spec.device,
+        max_num_seqs=spec.max_num_seqs,
     )
-    return LoadedModel(runner, max_model_len, config.vocab_size, config.eos_token_ids)
+    return LoadedModel(runner, max_model_len, config.vocab_size, config.eos_token_ids, runner.overlapping)
 
 
 def _open_comm(spec: RankSpec) -> Comm:

@@ -22,6 +22,7 @@ from baton.process import ParentLink, clock_id, fail_start
 from baton.specs import RankSpec, decode_secret, from_json
 from baton.tls import make_identity
 from engine.engine import LocalEngine
+from engine.overlap import OverlappingEngine
 from engine.types import EngineConfig, Runner
 from kvtransfer.api import EndpointConfig, TransferEndpoint
 from kvtransfer.endpoint import make_endpoint
@@ -161,9 +162,14 @@ def _lead(
     layout = model.runner.layout
     hook = TransferHook(transfers)
     group = Group(context, spec.worker_dir, spec.tp_size, transfers, hook)
-    runner = GroupRunner(model.runner, group)
+    runner = GroupRunner(model.runner, group, model.overlapping)
     hasher = PrefixHasher(auth.derive(decode_secret(spec.secret), "prefix cache v1"), layout.model.fingerprint)
-    engine = LocalEngine(_engine_config(spec, model, layout.geometry), runner, hasher, clock)
+    engine_config = _engine_config(spec, model, layout.geometry)
+    engine = (
+        LocalEngine(engine_config, runner, hasher, clock)
+        if model.overlapping is None
+        else OverlappingEngine(engine_config, runner, hasher, clock, runner)
+    )
     front = Channel(context, endpoint(spec.worker_dir, "front"), bind=False)
     leader = Leader(
         engine,

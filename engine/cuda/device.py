@@ -11,7 +11,7 @@ from torch import Tensor
 _cuda: Final[Any] = torch.cuda  # half of it has no types, and which half depends on the version
 
 
-class CudaUnavailable(RuntimeError):
+class CudaUnavailable(ValueError):
     """CUDA was asked for by name and can not compute here; the message says why."""
 
 
@@ -22,7 +22,7 @@ class Event(Protocol):
         """Block the host until everything before this point is done."""
         ...
 
-    def is_done(self) -> bool:
+    def query(self) -> bool:
         """Is it? Does not block."""
         ...
 
@@ -122,7 +122,7 @@ class _CudaEvent:
     def wait(self) -> None:
         self._event.synchronize()
 
-    def is_done(self) -> bool:
+    def query(self) -> bool:
         return bool(self._event.query())
 
 

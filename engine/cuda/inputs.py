@@ -140,7 +140,7 @@ class _Never:
     def wait(self) -> None:
         """There is nothing to wait for."""
 
-    def is_done(self) -> bool:
+    def query(self) -> bool:
         """It is."""
         return True
 
@@ -213,13 +213,17 @@ class _HostView:
 class Tables:
     """Block tables as arrays, kept between steps: of a table that only grew, only what is new is converted."""
 
-    def __init__(self, keep: int) -> None:
-        """`keep`: about how many sequences to remember."""
-        self._keep = keep
+    def __init__(self, keep: int, num_blocks: int) -> None:
+        """`keep`: about how many sequences to remember. `num_blocks`: of the pool."""
+        self._keep, self._num_blocks = keep, num_blocks
         self._of: dict[str, tuple[Sequence[int], Ints, int]] = {}  # the table itself, its copy, and how much of it
 
     def rows(self, entries: Sequence[BatchEntry]) -> list[Ints]:
-        """Each entry's table, [len(block_table)]; valid until the next call."""
+        """Each entry's table, [len(block_table)]; valid until the next call.
+
+        Raises:
+            ValueError: a table names a block that is not in the pool.
+        """
         if len(self._of) > 2 * self._keep:
             names = {entry.attempt_id for entry in entries}
             self._of = {name: kept for name, kept in self._of.items() if name in names}
@@ -235,7 +239,10 @@ class Tables:
                 grown = np.empty(length + max(16, length // 4), np.int32)
                 grown[:filled] = row[:filled]
                 row = grown
-            row[filled:length] = table[filled:]
+            new = np.asarray(table[filled:], np.int64)
+            if new.min() < 0 or new.max() >= self._num_blocks:
+                raise ValueError(f"{entry.attempt_id} names a block outside of 0..{self._num_blocks - 1}")
+            row[filled:length] = new
             self._of[entry.attempt_id] = (table, row, length)
         return row[:length]
 

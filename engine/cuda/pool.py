@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from baton.kv_layout import KVLayout
+from baton.kv_layout import DeviceMemory, KVLayout
 from engine.kv_pool import TORCH_DTYPES
 
 
@@ -33,6 +33,11 @@ class DevicePool:
     def flat(self) -> Tensor:
         """All of it, one dimension, in the dtype of the KV."""
         return self._flat
+
+    def memory(self) -> DeviceMemory:
+        """The same as addresses; valid until `close`."""
+        num_bytes = self._flat.numel() * self._flat.element_size()
+        return DeviceMemory(self._flat.data_ptr(), num_bytes, self._flat.device.index or 0)
 
     def buffer(self) -> memoryview:
         """See KVPool. Raises RuntimeError: the host can not address a device's memory."""

@@ -65,13 +65,14 @@ class CudaSteps:
         device: Device,
         *,
         max_num_seqs: int,
+        num_blocks: int,
         max_blocks_per_seq: int,
         is_leader: bool = True,
     ) -> None:
         """`max_num_seqs` is the largest decode step that gets a graph; larger ones run without."""
         self._decoder, self._device = decoder, device
         self._is_leader = is_leader
-        self._tables = Tables(max_num_seqs)
+        self._tables = Tables(max_num_seqs, num_blocks)
         decodes = Shape(max_num_seqs, max_num_seqs, max_num_seqs)
         self._decode_inputs = InputBuffer(device, decodes, max_num_seqs * max_blocks_per_seq)
         self._mixed_inputs = InputBuffer(device, Shape(1, 1, 1, 1), 1)

@@ -72,7 +72,7 @@ class FakeEvent:
         """Make the device catch up."""
         self._device.do_until(self._count)
 
-    def is_done(self) -> bool:
+    def query(self) -> bool:
         """See Event."""
         return self._device.has_done(self._count)
 

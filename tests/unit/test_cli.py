@@ -86,9 +86,22 @@ def test_every_flag_names_a_key_of_the_configuration() -> None:
         value_of(Config(), flag.key)
 
 
-def test_flags_that_this_version_does_not_support_are_refused_by_the_configuration() -> None:
-    with pytest.raises(ValueError, match="cuda is not supported"):
-        configure("--device", "cuda")
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        (("--engine", "sim"), "no device"),
+        (("--quantization", "int8"), "on the CPU only"),
+        (("--tp", "2"), "tensor parallelism on cuda"),
+        (("--set", "transfer.transports=[shm]"), "cuda_ipc alone"),
+    ],
+)
+def test_what_cuda_does_not_do_yet_is_refused_by_the_configuration(settings: tuple[str, ...], why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        configure("--device", "cuda", *settings)
+
+
+def test_kv_on_a_cuda_device_travels_by_cuda_ipc() -> None:
+    assert configure("--device", "cuda").kv_transports == ("cuda_ipc",)
 
 
 def test_no_flag_leaves_the_configuration_as_it_is() -> None:

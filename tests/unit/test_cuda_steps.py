@@ -12,12 +12,13 @@ import torch
 from tests.support.triton_device import HAS_CUDA  # isort: skip  (before the kernels)
 
 from baton.clock import ManualClock
-from baton.kv_layout import KVGeometry, KVLayout, LayerSpec, ModelKV
+from baton.kv_layout import DeviceMemory, KVGeometry, KVLayout, LayerSpec, ModelKV
 from baton.prefix_hash import PrefixHasher
 from baton.request import AttemptId, GenerateRequest, SamplingParams
 from engine.comm import SingleComm
 from engine.cuda.buckets import bucket_for, buckets, num_splits
 from engine.cuda.decoder import FusedDecoder
+from engine.cuda.device import CudaUnavailable
 from engine.cuda.inputs import InputBuffer, Shape, Tables
 from engine.cuda.pool import DevicePool
 from engine.cuda.steps import CudaSteps, is_chosen_on_device
@@ -29,6 +30,7 @@ from engine.overlap import OverlappingEngine
 from engine.types import PENDING, BatchEntry, EngineConfig, SampleSpec, StepPlan
 from engine.weights import Checkpoint
 from tests.support.audit import audit
+from tests.support.drive import generate
 from tests.support.fake_device import FakeDevice
 from tests.support.tiny_models import VOCAB_SIZE, edit_config, make_model, random_prompt
 
@@ -67,7 +69,7 @@ def test_a_step_is_packed_with_padding_that_names_nothing() -> None:
     sampled = SamplingParams(temperature=0.5, seed=7)
     entries = [entry("a", 9, [PENDING], [3, 5], GREEDY), entry("b", 4, [11, 12, 13], [2], sampled)]
     shape = Shape(6, 3, 3, 1)
-    buffer.load(entries, shape, Tables(4), [2, -1], [(1, 0)])
+    buffer.load(entries, shape, Tables(4, 100), [2, -1], [(1, 0)])
     device.record().wait()
     given = buffer.tensors(shape)
     assert given.tokens.tolist() == [PENDING, 11, 12, 13, 0, 0]
@@ -94,7 +96,7 @@ def test_a_host_buffer_is_not_packed_again_before_its_copy_is_done() -> None:
     seen = []
     shape = Shape(1, 1, 1)
     for token in range(8):
-        buffer.load([entry("a", 0, [token], [0], GREEDY)], shape, Tables(4), [-1])
+        buffer.load([entry("a", 0, [token], [0], GREEDY)], shape, Tables(4, 100), [-1])
         device.run(lambda: seen.append(buffer.tensors(shape).tokens.item()))
     assert 0 < device.num_queued < 16  # the host ran ahead, but not without end
     device.record().wait()
@@ -102,7 +104,7 @@ def test_a_host_buffer_is_not_packed_again_before_its_copy_is_done() -> None:
 
 
 def test_block_tables_that_grow_and_are_replaced_are_followed() -> None:
-    tables = Tables(2)
+    tables = Tables(2, 100)
     rng = np.random.default_rng(0)
     lists: dict[str, list[int]] = {name: [0] for name in "abcdefgh"}
     for _ in range(200):
@@ -128,6 +130,28 @@ def test_only_what_needs_nothing_of_the_host_is_chosen_on_the_device() -> None:
     assert not is_on_device(temperature=0.0, banned=(1,))
 
 
+def test_cuda_is_refused_by_name_where_there_is_none(tmp_path: Path) -> None:
+    model_dir = make_model(tmp_path, "llama", num_hidden_layers=1)
+    with pytest.raises(CudaUnavailable, match="device cuda"):
+        NativeRunner(model_dir, num_blocks=4, device="cuda")
+    with pytest.raises(ValueError, match="device must be one of"):
+        NativeRunner(model_dir, num_blocks=4, device="tpu")
+
+
+def test_a_runner_on_a_device_runs_single_steps_too(tmp_path: Path) -> None:
+    model_dir = make_model(tmp_path, "llama", num_hidden_layers=1)
+    reference = NativeRunner(model_dir, num_blocks=6, backend="reference")
+    runner = NativeRunner(model_dir, num_blocks=6, cuda_device=FakeDevice(), max_num_seqs=2)
+    assert runner.overlapping is runner
+    assert isinstance(runner.kv_buffer(), DeviceMemory)
+    assert generate(runner, random_prompt(1, 20), 4, chunk=12) == generate(reference, random_prompt(1, 20), 4)
+    outside = BatchEntry(AttemptId("a"), 0, [3], [6], SampleSpec(GREEDY, 1))
+    with pytest.raises(ValueError, match="names a block outside"):
+        runner.run(StepPlan(1, [outside]))
+    runner.close()
+    reference.close()
+
+
 class Overlapped:
     """A tiny model on a FakeDevice in an OverlappingEngine, and its reference in a LocalEngine."""
 
@@ -142,7 +166,7 @@ class Overlapped:
         decoder = FusedDecoder(
             config, weights, dtype=torch.float32, comm=SingleComm(), pool=self.pool, device=self.device
         )
-        self.steps = CudaSteps(decoder, self.device, max_num_seqs=4, max_blocks_per_seq=8)
+        self.steps = CudaSteps(decoder, self.device, max_num_seqs=4, num_blocks=NUM_BLOCKS, max_blocks_per_seq=8)
         sizes = {"max_num_batched_tokens": 32, "max_num_seqs": 4, **sizes}
         self.config = EngineConfig(num_blocks=NUM_BLOCKS, vocab_size=VOCAB_SIZE, **sizes)
 

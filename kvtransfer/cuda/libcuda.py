@@ -38,6 +38,8 @@ _PIECE_BYTES: Final = 24
 _SUMS_BYTES: Final = 16
 _FIRST_TABLE: Final = 1024
 """Pieces that a slot can take at first; it grows."""
+_FIRST_SLOTS: Final = 8
+"""Made at the start, for allocating may wait for the device."""
 
 
 class _IpcHandle(ctypes.Structure):
@@ -206,6 +208,8 @@ class LibCuda:
             calls.call("cuModuleLoadData", byref(self._module), image or compiled(self._architecture()))
             calls.call("cuModuleGetFunction", byref(self._copy), self._module, b"baton_copy")
             calls.call("cuModuleGetFunction", byref(self._digest), self._module, b"baton_digest")
+            for _ in range(_FIRST_SLOTS):
+                self._add_slot()
         except BaseException:
             self.close()
             raise
@@ -304,10 +308,15 @@ class LibCuda:
 
     def _slot(self, num_pieces: int) -> _Slot:
         if not self._free_slots:
-            self._slots.append(_Slot(self._calls))
-            self._free_slots.append(self._slots[-1])
+            self._add_slot()
         self._free_slots[-1].reserve(num_pieces)
         return self._free_slots.pop()
+
+    def _add_slot(self) -> None:
+        slot = _Slot(self._calls)
+        self._slots.append(slot)
+        slot.reserve(1)
+        self._free_slots.append(slot)
 
     def _launch(self, function: c_void_p, num_blocks: int, arguments: list[Any]) -> None:
         pointers = (c_void_p * len(arguments))(*(ctypes.addressof(argument) for argument in arguments))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import msgpack
 import numpy as np
@@ -15,8 +17,10 @@ import pytest
 from baton.kv_layout import DeviceMemory, KVGeometry, KVLayout, LayerSpec, ModelKV
 from kvtransfer.api import EndpointConfig, Failed, Granted, Quiesced, Received, ReserveRequested, TransferId
 from kvtransfer.cuda.driver import CudaError
+from kvtransfer.cuda.libcuda import LibCuda
 from kvtransfer.endpoint import Endpoint
 from tests.contract.test_transfer_endpoint import transfer
+from tests.support.cuda_stub import build_stub
 from tests.support.fake_cuda import FakeCuda
 from tests.support.transfer import (
     MODEL,
@@ -174,6 +178,31 @@ def test_a_pool_stays_mapped_as_long_as_its_link_and_no_longer(pair: Pair) -> No
     assert cuda_of(pair.source).num_mapped == 0
     pair.source.leader.endpoint.close()
     pair.destination.leader.wait_for(lambda: cuda_of(pair.destination).num_mapped == 0)
+
+
+# The same with libcuda's calls and the kernels, on the host.
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
+def test_kv_arrives_by_libcudas_calls_and_the_kernels(tmp_path: Path) -> None:
+    stub, size = build_stub(tmp_path), LAYOUT.pool_bytes
+    os.chmod(tmp_path, 0o700)
+    workers = []
+    for name in "pd":
+        driver = LibCuda(0, libcuda=stub, image=b"stub")
+        start = driver.allocate(size)
+        config = EndpointConfig(name, "i", LAYOUT, SECRET, transports=("cuda_ipc",), unix_dir=str(tmp_path))
+        endpoint = Endpoint(config, DeviceMemory(start, size, 0), cuda=driver)
+        buffer = memoryview((ctypes.c_ubyte * size).from_address(start)).cast("B")
+        workers.append(Worker(name, "i", [Rank(LAYOUT, buffer, endpoint, None, None)]))
+    source, destination = workers
+    transfer(source, destination)
+    transfer(source, destination, num_tokens=333, first=32, seed=1)
+    assert destination.leader.endpoint.stats().frames_verified > 0
+    for worker in workers:
+        worker.close()
+    assert kvtransfer_threads() == []
+    assert ctypes.CDLL(stub).stub_num_allocations() == len(workers)
 
 
 # The engine's events.

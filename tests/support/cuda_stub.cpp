@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <map>
+#include <mutex>
 #include <set>
 #include <thread>
 #include <vector>
@@ -67,9 +68,10 @@ void atomicAdd(unsigned long long* sum, unsigned long long value) { *sum += valu
 
 namespace {
 
+std::recursive_mutex mutex;  // drivers of several threads use it at the same time
 std::map<CUdeviceptr, size_t> allocations;
 std::set<int*> pending;  // events that were recorded since the last wait
-bool is_context_current;
+thread_local bool is_context_current;
 char context, stream, module_;
 constexpr char MARK[] = "the whole handle came, by value";
 
@@ -98,7 +100,7 @@ CUresult cuCtxSetCurrent(CUcontext given) {
     return checked(is_context_current);
 }
 CUresult cuCtxGetStreamPriorityRange(int* least, int* greatest) { *least = 0; *greatest = -5; return ok(); }
-CUresult cuPointerGetAttribute(void* data, CUpointer_attribute attribute, CUdeviceptr at) {
+CUresult cuPointerGetAttribute(void* data, CUpointer_attribute attribute, CUdeviceptr at) { const std::lock_guard lock(mutex);
     for (auto [start, size] : allocations) {
         if (at < start || at >= start + size) continue;
         switch (static_cast<int>(attribute)) {
@@ -109,7 +111,7 @@ CUresult cuPointerGetAttribute(void* data, CUpointer_attribute attribute, CUdevi
     }
     return checked(false);
 }
-CUresult cuIpcGetMemHandle(CUipcMemHandle* handle, CUdeviceptr start) {
+CUresult cuIpcGetMemHandle(CUipcMemHandle* handle, CUdeviceptr start) { const std::lock_guard lock(mutex);
     std::memset(handle, 0, sizeof(*handle));
     std::memcpy(handle->reserved, &start, sizeof(start));
     std::memcpy(handle->reserved + 64 - sizeof(MARK), MARK, sizeof(MARK));
@@ -120,33 +122,33 @@ CUresult cuIpcOpenMemHandle(CUdeviceptr* start, CUipcMemHandle handle, unsigned 
     std::memcpy(start, handle.reserved, sizeof(*start));
     return checked(flags == 1);
 }
-CUresult cuIpcCloseMemHandle(CUdeviceptr start) { return checked(allocations.count(start)); }
+CUresult cuIpcCloseMemHandle(CUdeviceptr start) { const std::lock_guard lock(mutex); return checked(allocations.count(start)); }
 CUresult cuStreamCreateWithPriority(CUstream* made, unsigned flags, int priority) {
     *made = reinterpret_cast<CUstream>(&stream);
     return checked(is_context_current && flags == 1 && priority == -5);
 }
-CUresult cuStreamSynchronize(CUstream given) {
+CUresult cuStreamSynchronize(CUstream given) { const std::lock_guard lock(mutex);
     for (int* event : pending) *event = 0;
     pending.clear();
     return checked(reinterpret_cast<char*>(given) == &stream);
 }
 CUresult cuStreamDestroy(CUstream given) { return checked(reinterpret_cast<char*>(given) == &stream); }
 CUresult cuEventCreate(CUevent* made, unsigned flags) { *made = reinterpret_cast<CUevent>(new int(0)); return checked(flags == 2); }
-CUresult cuEventRecord(CUevent event, CUstream given) {
+CUresult cuEventRecord(CUevent event, CUstream given) { const std::lock_guard lock(mutex);
     *reinterpret_cast<int*>(event) = 1;
     pending.insert(reinterpret_cast<int*>(event));
     return checked(reinterpret_cast<char*>(given) == &stream);
 }
-CUresult cuEventQuery(CUevent event) {
+CUresult cuEventQuery(CUevent event) { const std::lock_guard lock(mutex);
     return (*reinterpret_cast<int*>(event))-- > 0 ? static_cast<CUresult>(CUDA_ERROR_NOT_READY) : ok();
 }
-CUresult cuEventDestroy(CUevent event) { pending.erase(reinterpret_cast<int*>(event)); delete reinterpret_cast<int*>(event); return ok(); }
-CUresult cuMemAlloc(CUdeviceptr* start, size_t num_bytes) {
+CUresult cuEventDestroy(CUevent event) { const std::lock_guard lock(mutex); pending.erase(reinterpret_cast<int*>(event)); delete reinterpret_cast<int*>(event); return ok(); }
+CUresult cuMemAlloc(CUdeviceptr* start, size_t num_bytes) { const std::lock_guard lock(mutex);
     *start = reinterpret_cast<CUdeviceptr>(std::aligned_alloc(256, (num_bytes + 255) / 256 * 256));
     allocations[*start] = num_bytes;
     return ok();
 }
-CUresult cuMemFree(CUdeviceptr start) {
+CUresult cuMemFree(CUdeviceptr start) { const std::lock_guard lock(mutex);
     if (!allocations.erase(start)) return checked(false);
     std::free(reinterpret_cast<void*>(start));
     return ok();
@@ -176,6 +178,7 @@ CUresult cuModuleGetFunction(CUfunction* found, CUmodule, const char* name) {
 }
 CUresult cuLaunchKernel(CUfunction function, unsigned grid, unsigned grid_y, unsigned grid_z, unsigned block,
                         unsigned block_y, unsigned block_z, unsigned shared, CUstream, void** arguments, void** extra) {
+    const std::lock_guard lock(mutex);
     if (grid_y != 1 || grid_z != 1 || block_y != 1 || block_z != 1 || shared || extra || block != THREADS) return checked(false);
     const auto* pieces = *static_cast<const Piece**>(arguments[0]);
     const unsigned num_pieces = *static_cast<unsigned*>(arguments[1]);

@@ -18,12 +18,10 @@ from kvtransfer.cuda.driver import HANDLE_BYTES, CudaDriver, CudaError, referenc
 from kvtransfer.cuda.libcuda import LibCuda
 from kvtransfer.pool import Pieces
 from kvtransfer.transports.cuda_ipc import check_device
+from tests.support.cuda_stub import KERNELS, build_stub
 from tests.support.fake_cuda import FakeCuda
 
-KERNELS = Path(libcuda.__file__).parent / "kernels.cu"
-STUB = Path(__file__).parents[1] / "support" / "cuda_stub.cpp"
 CUDA_H = next(iter(sorted(Path("/usr/local").glob("cuda*/include/cuda.h"))), None)
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
 
 
 def random_bytes(num_bytes: int, seed: int = 0) -> np.ndarray:
@@ -131,14 +129,11 @@ def test_pieces_that_do_not_fit_together_are_an_error() -> None:
 def stub(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
     if shutil.which("g++") is None:
         pytest.skip("there is no g++")
-    flags = ["-std=c++20", "-O1", "-Wall", "-Werror", "-shared", "-fPIC", "-pthread", "-DTHREADS=256"]
-    if request.param == "NVIDIA's declarations":
-        if CUDA_H is None:
-            pytest.skip("there is no cuda.h")
-        flags += ["-DWITH_CUDA_H", "-isystem", str(CUDA_H.parent)]
-    path = str(tmp_path_factory.mktemp("cuda") / "libcuda.so.1")
-    subprocess.run(["g++", *flags, "-I", str(KERNELS.parent), str(STUB), "-o", path], check=True, timeout=50)
-    return path
+    if request.param == "own declarations":
+        return build_stub(tmp_path_factory.mktemp("cuda"))
+    if CUDA_H is None:
+        pytest.skip("there is no cuda.h")
+    return build_stub(tmp_path_factory.mktemp("cuda"), "-DWITH_CUDA_H", "-isystem", str(CUDA_H.parent))
 
 
 @pytest.fixture

@@ -119,7 +119,7 @@ def _shape(workers: Sequence[WorkerPlan], config: Config) -> str:
         text += f"; KV moves by {', else '.join(config.kv_transports)}"
     if config.is_encrypted:
         text += "; TLS between processes" + (
-            ", but for KV on one machine" if {"shm", "cuda_ipc"} & set(config.transfer.transports) else ""
+            ", but for KV on one machine" if {"shm", "cuda_ipc"} & set(config.kv_transports) else ""
         )
     return text
 
@@ -155,7 +155,7 @@ def _notes(config: Config) -> list[str]:
         notes.append(
             "Ray's own channels, by which processes get the cluster secret, are not encrypted; see RAY_USE_TLS"
         )
-    if "cuda_ipc" in config.transfer.transports:
+    if "cuda_ipc" in config.kv_transports:
         notes.append("KV by CUDA IPC, verified on the device, was tested without a GPU only")
     is_loopback = config.router.host in ("localhost", "::1") or config.router.host.startswith("127.")
     if not is_loopback and config.router.api_key_file is None:

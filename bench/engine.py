@@ -4,7 +4,8 @@
         [--vllm-python PATH] [--llama-cpp-python PATH] [--json OUT.json] [--quick]
 
 The peers are optional: give the Python of an environment that has them, or BATON_BENCH_VLLM_PYTHON and
-BATON_BENCH_LLAMA_CPP_PYTHON. docs/benchmarks-engine.md has the method. Exit status 1: a target of issue 4 is missed,
+BATON_BENCH_LLAMA_CPP_PYTHON. docs/benchmarks-engine.md has the method. With `--device cuda` first, the arms run on a GPU:
+`python -m bench.engine --device cuda --help`, docs/benchmarks-gpu.md. Exit status 1: a target of issue 4 is missed,
 Baton's tokens are not the model's, or it failed; 2: the bench could not run.
 """
 
@@ -18,7 +19,7 @@ import sys
 from pathlib import Path
 from typing import Any, Final
 
-from bench import engine_arms, engine_report
+from bench import engine_arms, engine_cuda, engine_report
 from bench.engine_rows import Verdict, all_rows, selected
 from bench.engine_session import Outcome, Session, Setup
 from bench.engine_shapes import SHAPES
@@ -29,6 +30,8 @@ _BUSY_LOAD: Final = 0.5
 
 def main() -> int:
     """Run what the command line says."""
+    if sys.argv[1:3] == ["--device", "cuda"]:
+        return engine_cuda.main(sys.argv[3:])
     args = _parse()
     missing = engine_arms.missing_tools()
     if missing:
@@ -107,6 +110,7 @@ def _parse() -> argparse.Namespace:
         prog="bench.engine", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "baton" / "bench"
+    parser.add_argument("--device", choices=["cpu"], default="cpu", help="cuda: see above")
     parser.add_argument("--shape", nargs="+", choices=sorted(SHAPES), default=["llama-135m", "qwen3-0.6b"])
     parser.add_argument("--threads", nargs="+", type=int, default=[1], help="threads, and cores, per arm")
     parser.add_argument("--tp", type=int, default=1, help="2: also Baton with two ranks, a core each")

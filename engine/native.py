@@ -120,7 +120,10 @@ class NativeRunner:
         self.layout = _sized_layout(model, self._comm, block_size, num_blocks, kv_cache_bytes)
         shapes, optional = tensor_shapes(self.config), optional_tensors(self.config)
         is_dummy = load_format == "dummy"
-        weights: WeightSource = DummyWeights(shapes, optional) if is_dummy else Checkpoint(model_dir, shapes, optional)
+        where = None if cuda_device is None else cuda_device.torch_device
+        weights: WeightSource = (
+            DummyWeights(shapes, optional, where) if is_dummy else Checkpoint(model_dir, shapes, optional)
+        )
         if self._comm.rank == 0:
             weights = MeteredWeights(weights, shapes)
         self._pool: KVPool

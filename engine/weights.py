@@ -91,10 +91,16 @@ class Checkpoint:
 
 
 class DummyWeights:
-    """Random weights for benchmarks, a pure function of each tensor's name: all ranks slice the same full tensors."""
+    """Random weights for benchmarks, a pure function of each tensor's name: all ranks slice the same full tensors.
 
-    def __init__(self, shapes: Shapes, optional: frozenset[str] = frozenset()) -> None:
+    They are drawn on `device`, whose kind decides their values.
+    """
+
+    def __init__(
+        self, shapes: Shapes, optional: frozenset[str] = frozenset(), device: torch.device | None = None
+    ) -> None:
         self._shapes = {name: shape for name, shape in shapes.items() if name not in optional}
+        self._device = device or torch.device("cpu")
 
     def __contains__(self, name: str) -> bool:
         return name in self._shapes
@@ -103,10 +109,12 @@ class DummyWeights:
         """See WeightSource. Vectors named *norm.weight are ones."""
         shape = self._shapes[name]
         if name.endswith("norm.weight"):
-            return torch.ones(shape)[rows]
+            return torch.ones(shape, device=self._device)[rows]
         seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little", signed=True)
-        generator = torch.Generator().manual_seed(seed)
-        full = torch.empty(shape).uniform_(-_DUMMY_STD * 3**0.5, _DUMMY_STD * 3**0.5, generator=generator)
+        generator = torch.Generator(self._device).manual_seed(seed)
+        full = torch.empty(shape, device=self._device).uniform_(
+            -_DUMMY_STD * 3**0.5, _DUMMY_STD * 3**0.5, generator=generator
+        )
         return full[rows] if columns == slice(None) else full[rows, columns]
 
 

@@ -23,6 +23,7 @@ from baton.request import AttemptId, GenerateRequest, SamplingParams, TokenEvent
 from engine.comm import Comm, ShmComm
 from engine.engine import LocalEngine
 from engine.native import NativeRunner
+from engine.overlap import OverlappingEngine
 from engine.types import EngineConfig, Sampled, StepHook, StepPlan
 
 
@@ -58,7 +59,10 @@ class BatonArm:
         self._options = options
         comm = _lead(options) if tp_size > 1 else None
         runner = make_runner(options, comm, cores[:1] if tp_size > 1 else cores)
+        self._overlapping = runner.overlapping
         self._backend = "reference" if getattr(runner, "_fast", None) is None else "fast"
+        if self._overlapping is not None:
+            self._backend = "cuda"
         library = getattr(getattr(runner, "_fast", None), "library", None)
         self._isa = None if library is None else str(library.isa)
         self._vocab_size = runner.config.vocab_size
@@ -94,6 +98,8 @@ class BatonArm:
         """See Arm."""
         for name in self._batch:
             self._engine.abort(name)
+        while self._engine.has_work():  # a step may still be under way
+            self._engine.step()
 
     def remember(self, prompt: Tokens) -> None:
         """See Arm."""
@@ -119,10 +125,12 @@ class BatonArm:
 
     def _fresh_engine(self, *, caching: bool) -> LocalEngine:
         settings: dict[str, Any] = {"enable_prefix_caching": caching, "max_model_len": self._max_len}
-        if self._options.get("max_num_batched_tokens"):
-            settings["max_num_batched_tokens"] = self._options["max_num_batched_tokens"]
+        for name in ("max_num_batched_tokens", "max_num_seqs", "block_size"):
+            if self._options.get(name):
+                settings[name] = self._options[name]
         config = EngineConfig(num_blocks=self._num_blocks, vocab_size=self._vocab_size, **settings)
-        return LocalEngine(config, self._runner, PrefixHasher(b"bench", ""), SystemClock())
+        parts = (config, self._runner, PrefixHasher(b"bench", ""), SystemClock())
+        return LocalEngine(*parts) if self._overlapping is None else OverlappingEngine(*parts, self._overlapping)
 
     def _add(self, prompt: Tokens, num_tokens: int) -> AttemptId:
         self._num_requests += 1
@@ -151,11 +159,15 @@ def make_runner(options: dict[str, Any], comm: Comm | None, cores: Sequence[int]
         options["model_dir"],
         dtype="bfloat16",
         comm=comm,
-        num_blocks=-(-int(options["kv_tokens"]) // 16),
+        num_blocks=-(-int(options["kv_tokens"]) // int(options.get("block_size", 16))),
+        block_size=int(options.get("block_size", 16)),
         num_threads=len(cores),
         cores=cores if len(cores) > 1 else (),
         backend=options["backend"],
         quantization=options.get("quantization"),
+        device=options.get("device", "cpu"),
+        load_format=options.get("load_format", "auto"),
+        max_num_seqs=int(options.get("max_num_seqs", 256)),
     )
 
 

@@ -1,4 +1,4 @@
-"""vLLM's CPU backend as an arm: vllm.LLM, offline, its engine core and worker in this one process.
+"""vLLM as an arm, on CPU or on CUDA: vllm.LLM, offline, its engine core and worker in this one process.
 
 usage: arm_vllm.py OPTIONS_JSON      (the bench starts it, under the Python of vLLM's environment)
 
@@ -38,7 +38,8 @@ class VllmArm:
             skip_tokenizer_init=True,
             dtype="bfloat16",
             max_model_len=options["max_positions"],
-            max_num_seqs=64,
+            max_num_seqs=int(options.get("max_num_seqs", 64)),
+            load_format=options.get("load_format", "auto"),
             kv_cache_memory_bytes=int(options["kv_bytes"]),
             enable_prefix_caching=bool(options["prefix_caching"]),
             seed=0,

@@ -191,6 +191,8 @@ class TransferThread:
     def _timeout_s(self) -> float:
         if self._switchboard.dirty or self._switchboard.unread or not self._commands.empty():
             return 0.0
+        if isinstance(self._agent, cuda_ipc.Agent) and self._agent.is_hot:
+            return 0.0
         limit_s = _POLL_S if self._agent is not None and self._is_agent_busy() else math.inf
         return max(0.0, min(limit_s, self._next_tick_s - self._clock.now()))
 
@@ -300,7 +302,8 @@ class TransferThread:
             remote = connection.remote
             try:
                 while budget > 0 and remote is not None and (read := remote.poll()) is not None:
-                    budget -= read.landing.num_bytes
+                    if isinstance(read, nixl.Read):
+                        budget -= read.landing.num_bytes  # which are copied now
                     self._has_read(connection, read)
             except (nixl.ReadFailed, cuda_ipc.ReadFailed) as error:
                 self._switchboard.lose(connection, str(error))

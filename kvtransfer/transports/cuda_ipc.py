@@ -31,8 +31,10 @@ log = logging.getLogger("kvtransfer")
 NAME: Final = "cuda_ipc"
 _FORMAT: Final = 1
 """Of what is exposed, and of the digest."""
-_MAX_READS: Final = 4
-"""Reads of one link that are under way at a time."""
+_MAX_READS: Final = 16
+"""Reads of one link that are under way at a time: what may end between two looks."""
+_HOT_LOOKS: Final = 10
+"""Looks without a pause after work was begun: a device copies a frame in microseconds, unless it is busy."""
 
 
 class UnusablePool(Exception):
@@ -80,6 +82,8 @@ class Agent:
         self._driver = driver
         self._remotes: set[RemotePool] = set()
         self._under_way: list[tuple[TransferId, Job]] = []
+        self._num_looks = 0
+        """Since work was begun or was over."""
         self._is_closed = False
         try:
             self._pool = DevicePool(layout, memory.address, memory.num_bytes)
@@ -157,12 +161,18 @@ class Agent:
         except CudaError as error:
             raise ReadFailed(f"CUDA: {error}") from error
         self._under_way.append((transfer_id, job))
+        self._num_looks = 0
         return job
 
     @property
     def is_busy(self) -> bool:
         """Is work under way?"""
         return bool(self._under_way)
+
+    @property
+    def is_hot(self) -> bool:
+        """Will work under way probably be over at once?"""
+        return self.is_busy and self._num_looks < _HOT_LOOKS
 
     def touches(self, transfer_id: TransferId) -> bool:
         """May work under way read or write blocks of the transfer?"""
@@ -174,7 +184,9 @@ class Agent:
         Raises:
             CudaError: the device does not work any more. Its process can only end.
         """
-        self._under_way = [item for item in self._under_way if not item[1].is_done()]
+        left = [item for item in self._under_way if not item[1].is_done()]
+        self._num_looks = self._num_looks + 1 if len(left) == len(self._under_way) else 0
+        self._under_way = left
         for remote in [remote for remote in self._remotes if remote.is_closed and remote.is_free]:
             self._remotes.discard(remote)
             self._driver.close_handle(remote.start)

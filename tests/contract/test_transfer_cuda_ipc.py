@@ -352,7 +352,7 @@ def cuda() -> Iterator[FakeCuda]:
     assert FakeCuda.violations == []
 
 
-def start(cuda: FakeCuda | None, memory: object, tmp_path: object, **settings: object) -> None:
+def start(cuda: FakeCuda | None, memory: object, tmp_path: Path, **settings: object) -> None:
     os.chmod(str(tmp_path), 0o700)
     config = EndpointConfig("p", "i", LAYOUT, SECRET, transports=("cuda_ipc",), unix_dir=str(tmp_path))
     Endpoint(replace(config, **settings), memory, cuda=cuda)  # type: ignore[arg-type]
@@ -370,10 +370,11 @@ def start(cuda: FakeCuda | None, memory: object, tmp_path: object, **settings: o
         ("wrong copies", "does not copy"),
         ("another transport", "only cuda_ipc reads"),
         ("no directory", "directory"),
+        ("a directory for everybody", "0700"),
     ],
 )
 def test_a_device_or_a_pool_that_can_not_be_used_is_refused_at_start(
-    cuda: FakeCuda, tmp_path: object, what: str, why: str
+    cuda: FakeCuda, tmp_path: Path, what: str, why: str
 ) -> None:
     size = LAYOUT.pool_bytes
     memory = DeviceMemory(cuda.allocate(size), size, 0)
@@ -398,16 +399,21 @@ def test_a_device_or_a_pool_that_can_not_be_used_is_refused_at_start(
             settings["transports"] = ("cuda_ipc", "tcp")
         case "no directory":
             settings["unix_dir"] = ""
+        case "a directory for everybody":
+            everybody = tmp_path / "everybody"
+            everybody.mkdir(mode=0o755)
+            settings["unix_dir"] = str(everybody)
     with pytest.raises(ValueError, match=why):
         start(cuda, memory, tmp_path, **settings)
+    assert cuda.is_closed or what in ("too small", "another transport", "no directory")
 
 
-def test_a_pool_in_host_memory_can_not_travel_by_cuda_ipc(tmp_path: object) -> None:
+def test_a_pool_in_host_memory_can_not_travel_by_cuda_ipc(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="needs a KV pool on a CUDA device"):
         start(None, memoryview(bytearray(LAYOUT.pool_bytes)), tmp_path)
 
 
-def test_without_nvidias_driver_the_error_names_it(tmp_path: object) -> None:
+def test_without_nvidias_driver_the_error_names_it(tmp_path: Path) -> None:
     try:
         ctypes.CDLL("libcuda.so.1")
     except OSError:

@@ -54,7 +54,7 @@ class Endpoint:
         faults: FaultHook | None = None,
         cuda: CudaDriver | None = None,
     ) -> None:
-        """Listen and start the thread. `cuda`: for a pool on a device; owned from here on. None: NVIDIA's.
+        """Listen and start the thread. `cuda`: for a pool on a device, closed with the endpoint; None: NVIDIA's.
 
         Raises:
             ValueError: the configuration can not work.

@@ -61,7 +61,7 @@ class FusedDecoder(Decoder):
     def tokens_per_tile(self) -> int:
         """New tokens of a prompt chunk that one tile of attention computes."""
         group = int(self._num_heads // self._num_kv_heads)
-        return prefill_rows(group, self._config.head_dim) // group
+        return prefill_rows(group, self._config.head_dim, self._dtype) // group
 
     def compute(self, step: Step, last_tokens: Tensor, kv_written: Callable[[int], None]) -> Tensor | None:
         """As `Decoder.forward`, but logits are in the model's dtype, and tokens may come from `last_tokens`.

@@ -131,7 +131,7 @@ def test_prefill_attention_is_the_references(
 ) -> None:
     spans = [(0, 17), (16, 40), (63, 2), (100, 33)]  # fresh, behind a whole block, over an edge, behind a long prefix
     batch = Batch.make(spans, heads=heads, kv_heads=kv_heads, dim=dim, block_size=block_size, dtype=dtype)
-    each = prefill_rows(heads // kv_heads, dim) // (heads // kv_heads)
+    each = prefill_rows(heads // kv_heads, dim, dtype) // (heads // kv_heads)
     tiles = [(seq, first) for seq, (_, new) in enumerate(spans) for first in range(0, new, each)]
     rows = [sum(new for _, new in spans[:seq]) for seq in range(len(spans))]
     out = torch.full_like(batch.query, float("nan")).to(DEVICE)

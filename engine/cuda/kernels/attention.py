@@ -193,9 +193,13 @@ def decode_attention(
         _reduce_kernel[(num_seqs, heads)](sums, scales, out, heads, dim, triton.next_power_of_2(dim), num_splits)
 
 
-def prefill_rows(group: int, head_dim: int) -> int:
-    """Rows of a tile of `prefill_attention`, which holds `prefill_rows // group` tokens."""
-    return max(16 if _IS_INTERPRETED else 64, triton.next_power_of_2(group)) * (1 if head_dim > 128 else 2)
+def prefill_rows(group: int, head_dim: int, dtype: torch.dtype) -> int:
+    """Rows of a tile of `prefill_attention`, which holds `prefill_rows // group` tokens.
+
+    In float32 the products are made without tensor cores, of which each thread can hold few.
+    """
+    is_small = _IS_INTERPRETED or dtype == torch.float32
+    return max(32 if is_small else 64 if head_dim > 128 else 128, triton.next_power_of_2(group))
 
 
 def prefill_attention(
@@ -219,7 +223,7 @@ def prefill_attention(
     _launch(
         (len(tiles[0]), pool.shape[2], 1),
         (query, pool, out, out, out, *tiles, *seqs, tables, table_begin),
-        rows=prefill_rows(heads // pool.shape[2], dim),
+        rows=prefill_rows(heads // pool.shape[2], dim, query.dtype),
         keys=min(64, 8192 // triton.next_power_of_2(dim)),
         window=window,
         num_splits=1,

@@ -86,7 +86,7 @@ def choose_tokens(logits: Tensor, keys: Tensor, temperatures: Tensor, chosen: Te
     tokens = torch.empty(num_rows, num_tiles, dtype=torch.int32, device=logits.device)
     peaks = torch.empty(num_rows, num_tiles, dtype=torch.float32, device=logits.device)
     _best_of_tile_kernel[(num_rows, num_tiles)](
-        logits, logits.stride(0), keys, temperatures, scores, tokens, peaks, vocab, _COLUMNS
+        logits, logits.stride(0), keys, temperatures, scores, tokens, peaks, vocab, _COLUMNS, num_warps=8
     )
     _best_of_row_kernel[(num_rows,)](
         scores, tokens, peaks, chosen, highest, num_tiles, triton.next_power_of_2(num_tiles)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import os
 import socket
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
@@ -265,7 +266,7 @@ class _Session:
         worker, kind = self.worker, message.WhichOneof("kind")
         if kind == "start":
             worker.started.append(message.start)
-            self.run(message.start.attempt_id, self.prefill(router_id, message.start))
+            self.run(message.start.attempt_id, functools.partial(self.prefill, router_id, message.start))
         elif kind == "abort":
             worker.aborted.append(message.abort.attempt_id)
             task = self.tasks.pop(message.abort.attempt_id, None)
@@ -276,13 +277,13 @@ class _Session:
             again = pb.StartAttempt()
             again.CopyFrom(start)
             again.decode_peer.CopyFrom(message.redirect.decode_peer)
-            self.run(start.attempt_id, self.hand_over(router_id, again))
+            self.run(start.attempt_id, functools.partial(self.hand_over, router_id, again))
         await worker.notify()
 
-    def run(self, attempt_id: str, work: Coroutine[Any, Any, None]) -> None:
-        async def tracked() -> None:
+    def run(self, attempt_id: str, work: Callable[[], Coroutine[Any, Any, Any]]) -> None:
+        async def tracked() -> None:  # makes the coroutine itself: a task may be cancelled before it begins
             try:
-                await work
+                await work()
             finally:
                 if self.tasks.get(attempt_id) is asyncio.current_task():
                     del self.tasks[attempt_id]
@@ -320,7 +321,8 @@ class _Session:
         session = peer._sessions.get(router_id)
         if session is not None and start.attempt_id not in peer.aborted:
             base = len(start.token_ids) - start.num_prompt_tokens
-            session.run(start.attempt_id, _ignore(session.generate(start, base + 1, ["granted", "runnable"])))
+            rest = functools.partial(session.generate, start, base + 1, ["granted", "runnable"])
+            session.run(start.attempt_id, rest)
 
     async def generate(self, start: pb.StartAttempt, begin: int, moments: list[str], count: int | None = None) -> bool:
         """Send tokens from index `begin` on. True if the last of all was among them."""
@@ -379,10 +381,6 @@ class _Session:
             if is_last:
                 return True
         return False
-
-
-async def _ignore(work: Coroutine[Any, Any, bool]) -> None:
-    await work
 
 
 # ---- a router in front of them

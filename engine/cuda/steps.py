@@ -86,11 +86,17 @@ class CudaSteps:
         self.num_replays = 0
 
     def capture_all(self) -> None:
-        """Capture a graph for every bucket, the largest first: they share memory. Blocks for seconds; no step is under way.
+        """Compile every kernel, and capture a graph for each bucket, the largest first: they share memory.
 
-        Until then every step is computed without a graph.
+        Blocks for seconds; no step is under way. Until then every step is computed without a graph, and the first one
+        of each kind waits for the compiler.
         """
-        assert not self._under_way, "capturing runs steps of padding, which overwrite what the last step chose"
+        assert not self._under_way, "this runs steps of padding, which overwrite what the last step chose"
+        chunk = Shape(num_tokens=2, num_seqs=1, num_rows=1, num_tiles=1)
+        inputs = InputBuffer(self._device, chunk, 1)
+        inputs.clear()
+        prefill = Step(inputs.tensors(chunk), 0, samples_all=False)
+        self._device.run(lambda: self._step(prefill, _nothing))
         sizes = buckets(len(self._chosen))
         for size in reversed(sizes):
             step = Step(self._decode_inputs.tensors(Shape(size, size, size)), size, samples_all=True)

@@ -167,7 +167,7 @@ class ReceiveLane:
         self._got: list[int] = []
         """Per layer: bit u is set when unit u is in place and verified."""
         self._begun: list[int] = []
-        """The same for units that were begun to be fetched: a second copy of one could end after the first is verified."""
+        """The same for units that began to come: a second copy of one could land after the first one's digest is made."""
         self._full = 0
         self._sources: dict[tuple[int, int, bytes], TableRuns] = {}
 
@@ -218,16 +218,16 @@ class ReceiveLane:
             raise Misfit(f"a payload of {payload_bytes} bytes where {num_bytes} are due")
         if self._bytes_begun + num_bytes > self._bytes_credited + self.window_bytes:
             raise Misfit("more bytes than credited")
+        if any(self._begun[layer] & mask for layer in layers):
+            raise Misfit("some units came twice")
         source_parts = None
         if payload_bytes is None:
-            if any(self._begun[layer] & mask for layer in layers):
-                raise Misfit("some units came twice")
-            for layer in layers:
-                self._begun[layer] |= mask
             source = self._source_of(first, end, frame.source_blocks)
             source_parts = [(layer, source.runs(layer, first, end)) for layer in layers]
         elif frame.source_blocks:
             raise Misfit("block ids on a stream")
+        for layer in layers:
+            self._begun[layer] |= mask
         self._bytes_begun += num_bytes
         return Landing([(layer, runs.runs(layer, first, end)) for layer in layers], source_parts, num_bytes)
 

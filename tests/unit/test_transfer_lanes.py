@@ -8,7 +8,7 @@ import pytest
 
 from baton.kv_layout import KVGeometry, KVLayout
 from kvtransfer.api import TransferId
-from kvtransfer.lanes import Misfit, ReceiveLane
+from kvtransfer.lanes import Landing, Misfit, ReceiveLane
 from kvtransfer.messages import NO_DIGEST, Data
 from kvtransfer.plan import plan_copies
 from tests.support.transfer import MODEL
@@ -27,14 +27,22 @@ def frame(first_unit: int, num_units: int) -> Data:
     return Data(TransferId(bytes(16)), 0, 0, 0, 1, first_unit, num_units, NO_DIGEST, blocks)
 
 
-def test_units_that_are_being_fetched_are_not_fetched_again() -> None:
-    """A second copy could end, with other bytes, after the first one was verified and its blocks put to use."""
+def begin(lane: ReceiveLane, first_unit: int, num_units: int, *, is_fetched: bool) -> Landing | None:
+    data = frame(first_unit, num_units)
+    if is_fetched:
+        return lane.begin(data, None)
+    return lane.begin(data._replace(source_blocks=b""), num_units * lane.plan.unit_bytes[0])
+
+
+@pytest.mark.parametrize("is_fetched", [True, False])
+def test_units_that_began_to_come_do_not_begin_again(is_fetched: bool) -> None:
+    """A second copy could land, with other bytes, after the first one's digest was made and its blocks put to use."""
     lane = accepted()
-    assert lane.begin(frame(0, 2), None) is not None
-    for again in (frame(0, 2), frame(1, 1), frame(1, 2)):
+    assert begin(lane, 0, 2, is_fetched=is_fetched) is not None
+    for again in ((0, 2), (1, 1), (1, 2)):
         with pytest.raises(Misfit, match="came twice"):
-            lane.begin(again, None)
-    assert lane.begin(frame(2, 2), None) is not None
+            begin(lane, *again, is_fetched=is_fetched)
+    assert begin(lane, 2, 2, is_fetched=is_fetched) is not None
 
 
 def test_units_that_are_in_place_are_dropped_when_they_come_again() -> None:

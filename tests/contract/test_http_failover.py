@@ -123,10 +123,6 @@ def test_a_missing_token_is_generated_elsewhere() -> None:
     survives(two_pairs(d0=Script(skip=7)), 2)
 
 
-async def _ignored(work: Awaitable[Any]) -> None:
-    await work
-
-
 def test_tokens_of_the_decode_worker_wait_for_the_first_one() -> None:
     async def scenario(here: Site) -> None:
         # The prefill worker's token is sent behind the gate, and the decode worker does not wait for it.
@@ -135,7 +131,7 @@ def test_tokens_of_the_decode_worker_wait_for_the_first_one() -> None:
         stream = asyncio.create_task(streamed(here))
         await prefill.until(lambda: bool(prefill.started))
         session = decode._sessions["router-0"]
-        session.run(prefill.started[0].attempt_id, _ignored(session.generate(prefill.started[0], 1, [])))
+        session.run(prefill.started[0].attempt_id, lambda: session.generate(prefill.started[0], 1, []))
         await decode.until(lambda: len(decode.tokens) == 39)
         prefill.gate.set()
         assert await stream == (EXPECTED, "length")

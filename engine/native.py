@@ -304,7 +304,13 @@ class NativeRunner:
         if hook is not None:
             hook.step_begin(plan)
         self._attention.begin_step(plan.entries)
-        written = (lambda layer: None) if hook is None else (lambda layer: hook.layer_done(layer, None))
+
+        def written(layer: int) -> None:
+            if hook is not None:
+                if self._device_memory is not None:
+                    torch.cuda.synchronize()
+                hook.layer_done(layer, None)
+
         logits = self._decoder.forward(token_ids, positions, rows, self._attention, written)
         if hook is not None:
             hook.step_done()

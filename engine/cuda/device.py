@@ -63,7 +63,10 @@ class Device(Protocol):
 
 
 class CudaDevice:
-    """A CUDA device and a stream of its own."""
+    """A CUDA device and a stream of its own, on which the thread that makes it computes from then on.
+
+    So what is allocated and filled on the way (weights, the pool, buffers) needs no other order than the stream's.
+    """
 
     def __init__(self, index: int = 0) -> None:
         """Raises CudaUnavailable: torch has no CUDA, the machine no device, or triton is missing."""
@@ -80,6 +83,7 @@ class CudaDevice:
         _cuda.set_device(self.torch_device)
         self.num_multiprocessors: int = _cuda.get_device_properties(self.torch_device).multi_processor_count
         self._stream = _cuda.Stream(self.torch_device)
+        _cuda.set_stream(self._stream)
         self._graph_memory: Any = None
 
     def host_ints(self, count: int) -> Tensor:
@@ -88,25 +92,22 @@ class CudaDevice:
 
     def copy(self, source: Tensor, target: Tensor) -> None:
         """See Device."""
-        with _cuda.stream(self._stream):
-            target.copy_(source, non_blocking=True)
+        target.copy_(source, non_blocking=True)
 
     def run(self, work: Callable[[], None]) -> None:
         """See Device."""
-        with _cuda.stream(self._stream):
-            work()
+        work()
 
     def capture(self, work: Callable[[], None]) -> Graph:
         """See Device. All graphs share one pool of memory: capture the largest first."""
-        self._stream.wait_stream(_cuda.current_stream(self.torch_device))
         for _ in range(2):  # compiles kernels and lets cuBLAS take its workspace, neither of which can be captured
-            self.run(work)
+            work()
         self._stream.synchronize()
         graph = _cuda.CUDAGraph()
         with _cuda.graph(graph, pool=self._graph_memory, stream=self._stream):
             work()
         self._graph_memory = self._graph_memory or graph.pool()
-        return _CudaGraph(graph, self._stream)
+        return _CudaGraph(graph)
 
     def record(self) -> Event:
         """See Device."""
@@ -127,9 +128,8 @@ class _CudaEvent:
 
 
 class _CudaGraph:
-    def __init__(self, graph: Any, stream: Any) -> None:
-        self._graph, self._stream = graph, stream
+    def __init__(self, graph: Any) -> None:
+        self._graph = graph
 
     def replay(self) -> None:
-        with _cuda.stream(self._stream):
-            self._graph.replay()
+        self._graph.replay()

@@ -98,7 +98,10 @@ class FusedDecoder(Decoder):
             assert delta is not None
             hidden, delta = hidden[given.rows], delta[given.rows]
         shards = self._comm.gather(self._head(add_rms_norm(hidden, delta, self._norm, eps)))
-        return None if shards is None else torch.cat(shards, dim=-1)[:, : self._config.vocab_size]
+        if shards is None:
+            return None
+        logits = shards[0] if len(shards) == 1 else torch.cat(shards, dim=-1)  # they may be 100 MB: no copy of one
+        return logits[:, : self._config.vocab_size]
 
     def _attended(self, index: int, query: Tensor, step: Step) -> Tensor:
         given, window = step.tensors, self._config.windows[index]

@@ -104,7 +104,8 @@ class Agent:
             metadata, address, num_bytes = msgpack.unpackb(exposed, max_ext_len=0, max_map_len=0)
         except (ValueError, TypeError, msgpack.UnpackException) as error:
             raise UnusablePool("the peer exposes no pool") from error
-        if type(metadata) is not bytes or type(address) is not int or num_bytes != layout.pool_bytes:
+        is_sound = type(metadata) is bytes and type(address) is int and num_bytes == layout.pool_bytes
+        if not is_sound or not 0 <= address <= 2**64 - num_bytes:
             raise UnusablePool(f"the peer exposes another pool than its layout's {layout.pool_bytes} bytes")
         try:
             found = self._agent.add_remote_agent(metadata)

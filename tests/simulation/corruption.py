@@ -7,6 +7,7 @@ tell-tale can catch.
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections import defaultdict, deque
 from collections.abc import Callable
@@ -75,6 +76,8 @@ class InjectionBook:
     """Data frames of the past, as they passed on any wire."""
     recent_frames: deque[bytes] = field(default_factory=lambda: deque(maxlen=40))
     _payloads: dict[FrameName, Injection] = field(default_factory=dict)
+    _sealed: dict[FrameName, bytes] = field(default_factory=dict)
+    """Hash of the bytes that the newest digest of a frame on a stream was made over."""
     _on_wire: list[_OnWire] = field(default_factory=list)
     _taints: dict[tuple[str, int], dict[int, list[Injection]]] = field(default_factory=lambda: defaultdict(dict))
     _above: list[Injection] = field(default_factory=list)
@@ -93,11 +96,20 @@ class InjectionBook:
         if earlier is None:
             self._payloads[name] = Injection(BELOW, kind)
 
-    def arrived(self, name: FrameName, *, verified: bool, is_right: bool) -> bool:
-        """A receiver has judged a frame; was it spoilt? Two injections may have undone each other: then it is right."""
+    def sealed(self, name: FrameName, payload: bytes | bytearray) -> None:
+        """A digest was made over these bytes, be they right or not."""
+        self._sealed[name] = hashlib.sha256(payload).digest()
+
+    def arrived(self, name: FrameName, payload: bytes, *, verified: bool, is_right: bool) -> bool:
+        """A receiver has judged a frame; was it spoilt?
+
+        Two injections may have undone each other: then the bytes are right, or, where the source was wrong before the
+        digest, those that the digest was made over.
+        """
         injection = self._payloads.pop(name, None)
         if injection is not None:
-            self.close(injection, "detected" if not verified else "moot" if is_right else "missed")
+            is_undone = is_right or self._sealed.get(name) == hashlib.sha256(payload).digest()
+            self.close(injection, "detected" if not verified else "moot" if is_undone else "missed")
         return injection is not None
 
     # Frames.
@@ -277,9 +289,12 @@ class LandingFaults:
 
     def before_send(self, frame: Data, payload: list[memoryview]) -> list[memoryview]:
         """Sometimes other bytes of the same length."""
-        if frame.source_blocks or not payload or not self._hits():  # on shared memory the receiver fetches the bytes
+        if frame.source_blocks or not payload:  # on shared memory the receiver fetches the bytes
             return payload
         data = bytearray(b"".join(payload))
+        self._book.sealed(name_of(frame), data)
+        if not self._hits():
+            return payload
         kind = spoil_bytes(memoryview(data), self._book.rng)
         if kind is None:
             return payload

@@ -302,7 +302,7 @@ class Rank:
         known = world.known.get(frame.transfer_id)
         table = self._worker.grants.get(frame.transfer_id)
         is_right = known is not None and table is not None and self._is_right(connection, frame, known, table)
-        was_spoilt = book.arrived(name_of(frame), verified=verified, is_right=is_right)
+        was_spoilt = book.arrived(name_of(frame), b"".join(arrival.views()), verified=verified, is_right=is_right)
         if known is None:
             return
         if not verified:

@@ -171,8 +171,6 @@ class Config(_Section):
             raise ValueError("engine.device: the simulated engine has no device; leave cuda out")
         if self.model.quantization is not None:
             raise ValueError(f"model.quantization: {self.model.quantization} is computed on the CPU only, not on cuda")
-        if max(self.topology.tp, self.topology.prefill_tp or 1) > 1:
-            raise ValueError("topology.tp: tensor parallelism on cuda is not supported by this version; use 1")
         if "transports" in self.transfer.model_fields_set and self.transfer.transports != ("cuda_ipc",):
             raise ValueError("transfer.transports: out of a CUDA device KV travels by cuda_ipc alone")
 

@@ -43,7 +43,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-DEVICES: Final = ("cpu", "cuda")
 LOAD_FORMATS: Final = ("auto", "dummy")
 BACKENDS: Final = ("auto", "reference", "fast")
 
@@ -80,7 +79,7 @@ class NativeRunner:
         threads of the fast backend are pinned to `cores`, if given. `backend`: "fast" is engine.cpu_fast, "reference"
         plain torch, "auto" the first that works here. `quantization` "int8" needs the fast one.
 
-        With `device` "cuda" the pool lies on the GPU and `backend` "fast" or "auto" is engine.cuda, whose decode steps
+        With `device` "cuda" (or "cuda:N") the pool lies on the GPU and `backend` "fast" or "auto" is engine.cuda, whose decode steps
         of up to `max_num_seqs` sequences are graphs; "reference" is plain torch on the GPU. `cuda_device` (tests)
         takes the place of torch.cuda.
 
@@ -93,14 +92,15 @@ class NativeRunner:
         """
         if backend not in BACKENDS or quantization not in (None, "int8"):
             raise ValueError(f"backend {backend!r} is not in {BACKENDS}, or quantization {quantization!r} is not int8")
-        if device not in DEVICES:
-            raise ValueError(f"device must be one of {DEVICES}, not {device!r}")
-        if device == "cuda":
+        kind, _, ordinal = device.partition(":")
+        if kind not in ("cpu", "cuda") or not (ordinal or "0").isdecimal():
+            raise ValueError(f"device must be cpu, cuda or cuda:N, not {device!r}")
+        if kind == "cuda":
             from engine.cuda.device import CudaDevice
 
             if quantization is not None:
                 raise ValueError(f"quantization {quantization} is computed on the CPU only, not on cuda")
-            cuda_device = cuda_device or CudaDevice()
+            cuda_device = cuda_device or CudaDevice(int(ordinal or 0))
         if load_format not in LOAD_FORMATS:
             raise ValueError(f"load_format must be one of {LOAD_FORMATS}, not {load_format!r}")
         if num_threads is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from baton.kv_layout import KVGeometry, KVLayout, LayerSpec, ModelKV
@@ -63,31 +64,46 @@ def _load_native(spec: RankSpec) -> LoadedModel:
     from engine.native import NativeRunner
 
     config = read_model_config(spec.model.path)
+    device = _device(spec)
     dtype = config.dtype if spec.model.dtype == "auto" else spec.model.dtype
     max_model_len = _context(spec.model.max_model_len, config.max_position_embeddings)
     layers = (LayerSpec(config.num_kv_heads, config.head_dim),) * config.num_layers
     runner = NativeRunner(
         spec.model.path,
         dtype=dtype,
-        comm=_open_comm(spec),
+        comm=_open_comm(spec, device),
         block_size=spec.block_size,
         num_blocks=num_blocks(spec, ModelKV(layers, dtype, ""), max_model_len),
         load_format=spec.model.load_format,
         num_threads=spec.threads,
         cores=spec.cores,
         quantization=spec.model.quantization,
-        device=spec.device,
+        device=device,
         max_num_seqs=spec.max_num_seqs,
     )
     return LoadedModel(runner, max_model_len, config.vocab_size, config.eos_token_ids, runner.overlapping)
 
 
-def _open_comm(spec: RankSpec) -> Comm:
+def _device(spec: RankSpec) -> str:
+    """cpu, or one of the GPUs that this process sees: a launcher that places ranks shows each its own."""
+    if spec.device == "cpu":
+        return "cpu"
+    import torch
+
+    return f"cuda:{spec.tp_rank % max(1, torch.cuda.device_count())}"
+
+
+def _open_comm(spec: RankSpec, device: str) -> Comm:
     from engine.comm import ShmComm, SingleComm
 
     if spec.tp_size == 1:
         return SingleComm()
-    return ShmComm(f"{spec.worker_dir}/tp.sock", rank=spec.tp_rank, size=spec.tp_size)
+    comm = ShmComm(f"{spec.worker_dir}/tp.sock", rank=spec.tp_rank, size=spec.tp_size)
+    if device == "cpu":
+        return comm
+    from engine.cuda.comm import nccl_comm
+
+    return nccl_comm(comm, Path(spec.worker_dir) / "nccl", device)
 
 
 def _context(asked: int | None, possible: int) -> int:

@@ -103,13 +103,14 @@ class InputBuffer:
         )
 
     def clear(self) -> None:
-        """Queue padding alone: a step of any size that changes no KV."""
+        """Queue padding alone: a step of any size that changes no KV, and whose attention is zero everywhere."""
 
         def work() -> None:
             self._on_device.zero_()
             given = self.tensors(self.capacity)
             for field in (given.sources, given.positions, given.starts):
                 field.fill_(-1)
+            given.num_new.fill_(self.capacity.num_tokens)
 
         self._device.run(work)
 

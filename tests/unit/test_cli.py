@@ -91,7 +91,6 @@ def test_every_flag_names_a_key_of_the_configuration() -> None:
     [
         (("--engine", "sim"), "no device"),
         (("--quantization", "int8"), "on the CPU only"),
-        (("--tp", "2"), "tensor parallelism on cuda"),
         (("--set", "transfer.transports=[shm]"), "cuda_ipc alone"),
     ],
 )

@@ -9,15 +9,16 @@ from cluster import client
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure; the exit status."""
+    """Measure; the exit status. ValueError: flags or files that can not be used."""
     from loadtest import command  # numpy and rich take a while
 
     if arguments.bench_mode == "compare":
         from loadtest import compare
 
         return compare.run(arguments, [sys.executable, "-m", "cluster.cli", "serve"])
+    command.check(arguments)
     if getattr(arguments, "compare", None):
-        return command.run(arguments, None)
+        return command.put_side_by_side(arguments)
     connection = client.connect(arguments)
     grpc = None
     if connection.server is not None:

@@ -5,15 +5,28 @@ from __future__ import annotations
 import argparse
 import re
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, NoReturn
 
 MODES: Final = ("run", "goodput", "compare")
 _UNITS: Final = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line; argparse's own would print all flags above it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"baton: {message}; see `{self.prog} --help`\n")
+
+    def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
+        found, unknown = super().parse_known_args(*args, **kwargs)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found, unknown
+
+
 def add_to(bench: argparse.ArgumentParser) -> None:
     """Add modes and flags to the parser of `baton bench`."""
-    modes = bench.add_subparsers(dest="bench_mode", metavar="MODE", required=True)
+    modes = bench.add_subparsers(dest="bench_mode", metavar="MODE", required=True, parser_class=_Parser)
     run = modes.add_parser("run", help="measure one load, or one after another (the default mode)", description=_RUN)
     goodput = modes.add_parser(
         "goodput", help="search the highest rate that keeps the objectives", description=_GOODPUT
@@ -25,13 +38,13 @@ def add_to(bench: argparse.ArgumentParser) -> None:
         _add_measuring(parser)
         _add_output(parser)
     run.add_argument("--rate", type=_rates, metavar="R[,R]", help="requests per second; several make a sweep")
-    run.add_argument("--concurrency", type=int, metavar="N", help="closed loop: so many requests at a time")
+    run.add_argument("--concurrency", type=_count, metavar="N", help="closed loop: so many requests at a time")
     run.add_argument(
-        "--compare", type=Path, nargs="+", metavar="JSON", help="measure nothing: put results side by side"
+        "--compare", type=Path, nargs="+", metavar="JSON", help="measure nothing: put two or more results side by side"
     )
-    goodput.add_argument("--rate", type=float, default=1.0, metavar="R", help="where the search begins (default 1)")
+    goodput.add_argument("--rate", type=_positive, default=1.0, metavar="R", help="where the search begins (default 1)")
     goodput.add_argument(
-        "--tolerance", type=float, default=0.05, metavar="X", help="width of the bracket (default 0.05)"
+        "--tolerance", type=_positive, default=0.05, metavar="X", help="width of the bracket (default 0.05)"
     )
     _add_compare(compare)
 
@@ -62,8 +75,14 @@ def _cut(text: str) -> float:
 def slo(text: str) -> dict[str, float]:
     """{"ttft_s", "tpot_s"} from "ttft=200ms,tpot=20ms"."""
     parts = dict(part.split("=", 1) for part in text.split(",") if "=" in part)
-    if set(parts) != {"ttft", "tpot"} or text.count(",") != 1:
+    missing = {"ttft", "tpot"} - set(parts)
+    if len(parts) == len(missing) == 1 and "," not in text:
+        raise argparse.ArgumentTypeError(f"{text!r} lacks {missing.pop()}: both are needed, as in ttft=200ms,tpot=20ms")
+    if missing or len(parts) != 2 or text.count(",") != 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form ttft=200ms,tpot=20ms")
+    for name, value in parts.items():
+        if re.fullmatch(r"[0-9.]+", value.strip()):
+            raise argparse.ArgumentTypeError(f"{name}={value} has no unit: us, ms or s, as in {name}={value}ms")
     return {f"{name}_s": duration(value) for name, value in parts.items()}
 
 
@@ -89,6 +108,31 @@ def _rates(text: str) -> list[float]:
     return rates
 
 
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdecimal()) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1e6:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
+
+
+def _budgets(text: str) -> list[int]:
+    return [_count(part) for part in text.split(",")]
+
+
+def _url(text: str) -> str:
+    """Without the /v1 that other tools want there."""
+    return text.rstrip("/").removesuffix("/v1").rstrip("/")
+
+
 def _field(text: str) -> tuple[str, str]:
     name, separator, value = text.partition("=")
     if not separator or not name:
@@ -98,7 +142,9 @@ def _field(text: str) -> tuple[str, str]:
 
 def _add_server(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("server")
-    group.add_argument("--url", metavar="URL", help="of any OpenAI-compatible server; none: the Baton that runs here")
+    group.add_argument(
+        "--url", type=_url, metavar="URL", help="of any OpenAI-compatible server; none: the Baton that runs here"
+    )
     group.add_argument("--port", type=int, metavar="N", help="HTTP port of a Baton that runs here")
     group.add_argument(
         "--endpoint", choices=("completions", "chat", "grpc"), default="completions", help="what is called"
@@ -131,9 +177,11 @@ def _add_workload(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--input-tokens", type=length, default=(256.0, 0.0), metavar="N[:CV]", help="default 256")
     group.add_argument("--output-tokens", type=length, default=(64.0, 0.0), metavar="N[:CV]", help="default 64")
-    group.add_argument("--divide", type=float, default=1.0, metavar="X", help="divide a trace's lengths by X")
-    group.add_argument("--speedup", type=float, metavar="X", help="compress a trace's times by X")
-    group.add_argument("--requests", type=int, metavar="N", help="number of requests (default 200 without --duration)")
+    group.add_argument("--divide", type=_positive, default=1.0, metavar="X", help="divide a trace's lengths by X")
+    group.add_argument("--speedup", type=_positive, metavar="X", help="compress a trace's times by X")
+    group.add_argument(
+        "--requests", type=_count, metavar="N", help="number of requests (default 200 without --duration)"
+    )
     group.add_argument("--duration", type=duration, metavar="T", help="length of the load, such as 60s")
     group.add_argument("--seed", type=int, default=0, metavar="N", help="of everything that is random (default 0)")
 
@@ -141,7 +189,7 @@ def _add_workload(parser: argparse.ArgumentParser) -> None:
 def _add_measuring(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("measuring")
     group.add_argument("--slo", type=slo, metavar="ttft=T,tpot=T", help="objectives, such as ttft=200ms,tpot=20ms")
-    group.add_argument("--clients", type=int, default=1, metavar="N", help="client processes (default 1)")
+    group.add_argument("--clients", type=_count, default=1, metavar="N", help="client processes (default 1)")
     group.add_argument("--ray-nodes", metavar="ADDRESS", help="a client process on every node of this Ray cluster")
     group.add_argument(
         "--warmup", type=_cut, metavar="T", help="not measured at the beginning (default: a tenth; 0: none)"
@@ -164,14 +212,20 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--azure", type=Path, metavar="CSV", help="Azure's conversation trace, for its lengths")
     parser.add_argument("--sharegpt", type=Path, metavar="CSV", help="ShareGPT lengths")
-    parser.add_argument("--divide", type=float, default=8.0, metavar="X", help="divide all lengths by X (default 8)")
-    parser.add_argument("--requests", type=int, default=400, metavar="N", help="of each run (default 400)")
-    parser.add_argument("--repetitions", type=int, default=5, metavar="N", help="of every arm, interleaved (default 5)")
+    parser.add_argument(
+        "--divide", type=_positive, default=8.0, metavar="X", help="divide all lengths by X (default 8)"
+    )
+    parser.add_argument("--requests", type=_count, default=400, metavar="N", help="of each run (default 400)")
+    parser.add_argument(
+        "--repetitions", type=_count, default=5, metavar="N", help="of every arm, interleaved (default 5)"
+    )
     parser.add_argument("--rates", type=_rates, metavar="R,R", help="default: six shares of the measured capacity")
-    parser.add_argument("--budgets", default="64,128,256,512", metavar="N,N", help="token budgets of chunked prefill")
+    parser.add_argument(
+        "--budgets", type=_budgets, default=[64, 128, 256, 512], metavar="N,N", help="token budgets of chunked prefill"
+    )
     parser.add_argument("--engine", choices=("native", "sim"), default="native", help="default native")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="default 0")
-    parser.add_argument("--clients", type=int, default=1, metavar="N", help="client processes (default 1)")
+    parser.add_argument("--clients", type=_count, default=1, metavar="N", help="client processes (default 1)")
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", help="any configuration key, for all servers")
 
 

@@ -6,7 +6,7 @@ Legends are HTML beside the drawing, so that no label can lie on another.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Final
@@ -104,7 +104,20 @@ def seconds(value: float) -> str:
     if value == 0:
         return "0"
     unit, size = ("s", 1.0) if value >= 0.9995 else ("ms", 1e-3) if value >= 0.9995e-3 else ("us", 1e-6)
-    return f"{value / size:.3g} {unit}" if value / size < 1000 else f"{value / size:.0f} {unit}"
+    return f"{value / size:.3g} {unit}" if value / size < 999.5 else f"{value / size:.0f} {unit}"
+
+
+def common_unit(values: Iterable[float]) -> tuple[str, float]:
+    """(name, seconds) of a unit in which the smallest of these times, but for zeros, is at least 1."""
+    least = min((value for value in values if value > 0), default=1.0)
+    return ("s", 1.0) if least >= 0.9995 else ("ms", 1e-3) if least >= 0.9995e-3 else ("us", 1e-6)
+
+
+def plain(value: float) -> str:
+    """Three significant digits, never with an exponent."""
+    if value == 0:
+        return "0"
+    return f"{value:,.{min(3, max(0, 2 - math.floor(math.log10(abs(value)))))}f}"
 
 
 def line_chart(title: str, x: Axis, y: Axis, curves: Sequence[Curve], marks: Sequence[float] = ()) -> str:

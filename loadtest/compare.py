@@ -38,6 +38,7 @@ _CAPACITY_CONCURRENCY: Final = 16
 _WARM_REQUESTS: Final = 24
 _RATE_SHARES: Final = (0.15, 0.3, 0.45, 0.6, 0.75, 0.9)
 _TIMEOUT_S: Final = 120.0
+_KEPT: Final = "What is measured so far is kept: the same command goes on."
 _PREFILL_FIRST_BUDGET: Final = 8192  # no prompt of these workloads is cut
 
 
@@ -70,10 +71,12 @@ def run(arguments: argparse.Namespace, serve: Sequence[str]) -> int:
         sys.stderr.write(f"baton: {error}\n")
         return 2
     except (TargetError, AgentLost, ServerFailed, OSError) as error:
-        sys.stderr.write(f"baton: {error}\nWhat is measured so far is kept: the same command goes on.\n")
+        watch.say(f"baton: {error}\n{_KEPT}")
         return 1
-    comparison.report()
-    return 0
+    except KeyboardInterrupt:
+        watch.say(f"baton: interrupted\n{_KEPT}")
+        return 130
+    return comparison.report()
 
 
 class _Comparison:
@@ -88,7 +91,7 @@ class _Comparison:
         self._serve = [*serve, *([arguments.model] if arguments.model else []), "--engine", arguments.engine]
         for setting in ("router.trace_capacity=20000", *(arguments.set or ())):
             self._serve += ["--set", setting]
-        budgets = [int(text) for text in arguments.budgets.split(",")]
+        budgets: list[int] = arguments.budgets
         self._arms = arms(budgets)
         paths = {"azure": arguments.azure, "sharegpt": arguments.sharegpt}
         self._data = {kind: f"{kind}:{path}" for kind, path in paths.items() if path is not None}
@@ -103,6 +106,9 @@ class _Comparison:
         """All runs that are not stored."""
         for name in self._data:
             if name not in self._plan["workloads"]:
+                self._workload(name, concurrency=1, num_requests=1).requests()  # a bad file is found before any server
+        for name in self._data:
+            if name not in self._plan["workloads"]:
                 await self._learn(name)
         for repetition in range(self._arguments.repetitions):
             for name in self._data:
@@ -110,8 +116,8 @@ class _Comparison:
                 for arm in self._arms[turn:] + self._arms[:turn]:
                     await self._measure_arm(name, arm, repetition)
 
-    def report(self) -> None:
-        """compare.json, compare.md and compare.html from all stored runs."""
+    def report(self) -> int:
+        """compare.json, compare.md and compare.html from all stored runs; the exit status (3: runs are invalid)."""
         output: Path = self._arguments.output
         parts: list[tuple[str, grid.Runs]] = [(name, self._stored(name)) for name in self._data]
         (output / "compare.md").write_text(_markdown(self._plan, parts))
@@ -119,6 +125,11 @@ class _Comparison:
         result.write(output / "compare.json", _json(self._plan, parts))
         for file in ("compare.md", "compare.html", "compare.json"):
             self._watch.say(f"report: {output / file}")
+        late = _invalid(parts)
+        if late:
+            self._watch.warn(late)
+            return 3
+        return 0
 
     # ---- measuring
 
@@ -134,6 +145,8 @@ class _Comparison:
                 session = Session(coordinator, self._watch)
                 unloaded = await session.measure(self._fitted(alone, found), f"{name}, unloaded")
                 loaded = await session.measure(self._fitted(full, found), f"{name}, capacity")
+        if not (unloaded["num_ok"] and loaded["num_ok"]):
+            raise ServerFailed(f"{name}: no request succeeded: {unloaded['failures'] or loaded['failures']}")
         capacity = loaded["requests_per_s"]
         self._plan["workloads"][name] = {
             "unloaded_ttft_s": unloaded["ttft_s"]["p50"],
@@ -236,6 +249,18 @@ _NOTE: Final = (
 )
 
 
+def _invalid(parts: Sequence[tuple[str, grid.Runs]]) -> str:
+    """What must be said above all numbers; empty if every harness was on time."""
+    runs = [run for _, stored in parts for run in stored.values()]
+    late = sum(1 for run in runs if run["valid"] is False)
+    if not late:
+        return ""
+    return (
+        f"INVALID: in {late} of {len(runs)} runs the harness itself was late (p99 of its lag above 2 % of the TTFT "
+        "objective); the numbers are not to be used."
+    )
+
+
 def _tables(facts: dict[str, Any], runs: grid.Runs) -> list[tuple[str, list[grid.Cell]]]:
     times = (facts["unloaded_ttft_s"], facts["unloaded_tpot_s"])
     return [(f"{level * 100:g} %", grid.cells(runs, *times, level)) for level in LEVELS]
@@ -277,7 +302,9 @@ def _gap_rows(runs: grid.Runs) -> tuple[list[str], list[list[str]]]:
 
 def _markdown(plan: dict[str, Any], parts: Sequence[tuple[str, grid.Runs]]) -> str:
     machine = plan["machine"]
+    late = _invalid(parts)
     lines = [
+        *([f"**{late}**", ""] if late else ()),
         f"{machine['cpu']}, {machine['num_cores']} cores, load {machine['load_average_1min']} at the start. {_NOTE}",
         "",
     ]
@@ -300,6 +327,7 @@ def _markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list
 def _html(plan: dict[str, Any], parts: Sequence[tuple[str, grid.Runs]]) -> str:
     body = [
         "<h1>Prefill and decode apart, against aggregated serving</h1>",
+        *([f'<div class="banner">{escape(late)}</div>'] if (late := _invalid(parts)) else ()),
         f'<p class="dim">{escape(_NOTE)}</p>',
     ]
     for name, runs in parts:
@@ -353,7 +381,7 @@ def _gap_chart(runs: grid.Runs) -> str:
 
 
 def _json(plan: dict[str, Any], parts: Sequence[tuple[str, grid.Runs]]) -> dict[str, Any]:
-    out: dict[str, Any] = {**plan, "created": result.now(), "grid": {}, "gap_p99_s": {}}
+    out: dict[str, Any] = {**plan, "created": result.now(), "valid": not _invalid(parts), "grid": {}, "gap_p99_s": {}}
     for name, runs in parts:
         out["grid"][name] = [
             {

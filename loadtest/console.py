@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from rich.console import Console
 from rich.live import Live
+from rich.markup import escape
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
@@ -37,12 +38,12 @@ class Watch:
         with Live(console=self.console, refresh_per_second=4, transient=True) as live:
             yield lambda load: live.update(_state(title, total, load, began))
 
-    def result(self, run: dict[str, Any]) -> None:
-        """One line of numbers."""
+    def result(self, run: dict[str, Any], name: str = "") -> None:
+        """One line of numbers, after `name`, which is as long each time."""
         if not self._has_header:
             self._has_header = True
             self.console.print(
-                f"{'load':>12} {'ok':>6} {'failed':>6} {'joint':>7} {'TTFT p50':>9} {'p99':>9} {'TPOT p50':>9} {'p99':>9}"
+                f"{'':{len(name)}}{'load':>12} {'ok':>6} {'failed':>6} {'joint':>7} {'TTFT p50':>9} {'p99':>9} {'TPOT p50':>9} {'p99':>9}"
                 f" {'gap p99':>9} {'out tok/s':>9} {'lag p99':>9}",
                 style="dim",
             )
@@ -54,7 +55,7 @@ class Watch:
             if run["rate"]
             else "trace"
         )
-        cells = [load.rjust(12), str(run["num_ok"]).rjust(6), str(run["num_failed"]).rjust(6), joint.rjust(7)]
+        cells = [name + load.rjust(12), str(run["num_ok"]).rjust(6), str(run["num_failed"]).rjust(6), joint.rjust(7)]
         for metric, name in (
             ("ttft_s", "p50"),
             ("ttft_s", "p99"),
@@ -67,7 +68,7 @@ class Watch:
         lag = run["lag"]["p99_s"]
         cells.append(("-" if lag is None else seconds(lag)).rjust(9))
         mark = "  [red]INVALID: the harness was late[/]" if run["valid"] is False else ""
-        self.console.print(" ".join(cells) + mark)
+        self.console.print(escape(" ".join(cells)) + mark)
         for kind, count in run["failures"].items():
             self.console.print(
                 f"{'':>12} {count} x {kind}: {run['failure_examples'].get(kind, '')}", style="red", markup=False
@@ -76,6 +77,10 @@ class Watch:
     def say(self, text: str) -> None:
         """A line of words."""
         self.console.print(text, markup=False)
+
+    def warn(self, text: str) -> None:
+        """A line that must not be missed."""
+        self.console.print(text, markup=False, style="bold red")
 
 
 def _state(title: str, total: int, load: Load, began: float) -> Table:

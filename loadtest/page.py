@@ -127,6 +127,8 @@ def _about(label: str, result: Result) -> str:
             '<div class="banner"><b>Invalid.</b> The harness itself was too late: the p99 of its lag exceeds 2 % of the '
             "TTFT objective. Use more client processes, another machine, or less load.</div>"
         )
+    if result.get("partial"):
+        banner += '<div class="banner"><b>Partial.</b> It was interrupted: these are the loads that had ended.</div>'
     return f"{heading}<dl>{terms}</dl>{banner}"
 
 
@@ -165,6 +167,7 @@ def _tables(runs: Sequence[_Named]) -> str:
         "total tok/s",
     ]
     lines = []
+    lag_unit, lag_size = charts.common_unit(named.run["lag"]["p99_s"] or 0.0 for named in runs)
     for named in runs:
         run = named.run
         cells = [html.escape(named.name), str(run["num_measured"]), _failed(run)]
@@ -174,17 +177,22 @@ def _tables(runs: Sequence[_Named]) -> str:
             f"{run['output_tokens_per_s']:.0f}",
             f"{run['total_tokens_per_s']:.0f}",
         ]
-        lines.append([*cells, _lag(run)])
-    latencies = []
-    for named in runs:
-        cells = [html.escape(named.name)]
-        for metric in ("ttft_s", "tpot_s", "gap_s", "handover_s", "e2e_s"):
-            cells += [_quantile(named.run[metric], "p50"), _quantile(named.run[metric], "p99")]
-        latencies.append(cells)
-    kinds = ("TTFT", "TPOT", "gap", "hand-over", "E2E")
+        lines.append([*cells, _lag(run, lag_size)])
+    latency_heads, columns = [""], [[html.escape(named.name) for named in runs]]
+    for kind, metric in (
+        ("TTFT", "ttft_s"),
+        ("TPOT", "tpot_s"),
+        ("gap", "gap_s"),
+        ("hand-over", "handover_s"),
+        ("E2E", "e2e_s"),
+    ):
+        for name in ("p50", "p99"):
+            unit, size = charts.common_unit(named.run[metric].get(name, 0.0) for named in runs)
+            latency_heads.append(f"{kind} {name}, {unit}")
+            columns.append([_quantile(named.run[metric], name, size) for named in runs])
     note = '<p class="dim">Small figures are 95 % intervals (block bootstrap over requests).</p>'
-    second = ["", *(f"{kind} {quantile}" for kind in kinds for quantile in ("p50", "p99"))]
-    return table([*heads, "lag p99"], lines) + table(second, latencies) + note
+    latencies = list(zip(*columns, strict=True))
+    return table([*heads, f"lag p99, {lag_unit}"], lines) + table(latency_heads, latencies) + note
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -231,26 +239,25 @@ def _share(value: dict[str, Any] | None) -> str:
     return f"{value['value'] * 100:.1f} %{interval}"
 
 
-def _quantile(values: dict[str, Any], name: str) -> str:
+def _quantile(values: dict[str, Any], name: str, unit_s: float) -> str:
     if not values["count"]:
         return "–"
+    shown = charts.plain(values[name] / unit_s)
     low, high = values["ci95"][name]
     if low is None or high is None:
-        return charts.seconds(values[name])
-    shown = charts.seconds(values[name])
-    size = {"s": 1.0, "ms": 1e-3, "us": 1e-6}.get(shown.rpartition(" ")[2], 1.0)
-    return f"{shown}<small>{low / size:.3g}–{high / size:.3g}</small>"
+        return shown
+    return f"{shown}<small>{charts.plain(low / unit_s)}–{charts.plain(high / unit_s)}</small>"
 
 
-def _lag(run: Run) -> str:
+def _lag(run: Run, unit_s: float) -> str:
     lag = run["lag"]
     if lag["p99_s"] is None:
         return "–"
-    text = charts.seconds(lag["p99_s"])
+    text = charts.plain(lag["p99_s"] / unit_s)
     if lag["limit_s"] is None:
         return text
     kind = "good" if lag["valid"] else "bad"
-    return f'<span class="{kind}">{text}</span><small>limit {charts.seconds(lag["limit_s"])}</small>'
+    return f'<span class="{kind}">{text}</span><small>limit {charts.plain(lag["limit_s"] / unit_s)}</small>'
 
 
 # ---- charts

@@ -36,7 +36,7 @@ _AUTO_CUT_S: Final = 30.0
 
 
 class ResultError(ValueError):
-    """A file that is no result of `baton bench`; the message names it."""
+    """A file that is no result of `baton bench`, or can not become one; the message names it."""
 
 
 def window(load: Load, warmup_s: float | None, cooldown_s: float | None) -> Window:
@@ -106,8 +106,9 @@ def whole(
     command: str,
     label: str = "",
     goodput: dict[str, Any] | None = None,
+    is_partial: bool = False,
 ) -> dict[str, Any]:
-    """The file."""
+    """The file. `is_partial`: more loads were wanted than these."""
     validity = [entry["valid"] for entry in runs]
     described = {name: value for name, value in target.to_json().items() if name != "alphabet"}
     return {
@@ -120,6 +121,7 @@ def whole(
         "workload": asdict(workload),
         "slo": None if slo is None else asdict(slo),
         "valid": None if None in validity else all(validity),
+        "partial": is_partial,
         "goodput": goodput,
         "request_fields": list(REQUEST_FIELDS),
         "runs": list(runs),
@@ -154,6 +156,20 @@ def write(path: Path, result: dict[str, Any]) -> None:
     temporary.rename(path)
 
 
+def check_writable(path: Path) -> None:
+    """Before a load that would be lost.
+
+    Raises:
+        ResultError: a file can not be written there.
+    """
+    if not path.parent.is_dir():
+        raise ResultError(f"{path}: there is no directory {path.parent}")
+    if path.is_dir():
+        raise ResultError(f"{path}: is a directory")
+    if not os.access(path.parent, os.W_OK | os.X_OK) or (path.exists() and not os.access(path, os.W_OK)):
+        raise ResultError(f"{path}: can not be written")
+
+
 def read(path: Path) -> dict[str, Any]:
     """A result that was written before.
 
@@ -162,10 +178,12 @@ def read(path: Path) -> dict[str, Any]:
     """
     try:
         value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ResultError(f"{path}: {error}") from error
+    except OSError as error:
+        raise ResultError(f"{path}: {error.strerror}") from error
+    except ValueError:
+        value = None
     if not isinstance(value, dict) or value.get("format") != FORMAT:
-        raise ResultError(f"{path}: not a result of `baton bench` ({FORMAT})")
+        raise ResultError(f"{path}: not a bench result ({FORMAT})")
     return value
 
 

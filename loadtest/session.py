@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import math
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from loadtest import result
@@ -31,6 +31,8 @@ class Session:
     warmup_s: float | None = None
     cooldown_s: float | None = None
     traces: RequestTraces | None = None
+    runs: list[dict[str, Any]] = field(default_factory=list)
+    """All that was measured, as it ended: what remains if the rest is interrupted."""
 
     async def measure(self, workload: Workload, title: str = "") -> dict[str, Any]:
         """One load as a `runs` entry (docs/loadtest.md).
@@ -51,25 +53,23 @@ class Session:
         traces = [] if self.traces is None else await asyncio.to_thread(self.traces.of, load, cut)
         entry = result.run(load, workload, self.slo, cut, traces)
         self.watch.result(entry)
+        self.runs.append(entry)
         return entry
 
-    async def sweep(self, workload: Workload, rates: Sequence[float]) -> list[dict[str, Any]]:
+    async def sweep(self, workload: Workload, rates: Sequence[float]) -> None:
         """The workload at each rate."""
-        return [await self.measure(dataclasses.replace(workload, rate=rate)) for rate in rates]
+        for rate in rates:
+            await self.measure(dataclasses.replace(workload, rate=rate))
 
-    async def goodput(
-        self, workload: Workload, first_rate: float, tolerance: float
-    ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """The highest rates with 90 and with 99 % joint attainment, and all runs of the search, by rate."""
-        runs: dict[float, dict[str, Any]] = {}
+    async def goodput(self, workload: Workload, first_rate: float, tolerance: float) -> dict[str, Any]:
+        """The highest rates with 90 and with 99 % joint attainment."""
 
         async def measure(rate: float) -> float:
             run = await self.measure(dataclasses.replace(workload, rate=rate))
-            runs[rate] = run
             return float(run["attainment"]["joint"]["value"])
 
         levels = await search(measure, LEVELS, first_rate, tolerance)
-        return {"levels": levels, "tolerance": tolerance}, [runs[rate] for rate in sorted(runs)]
+        return {"levels": levels, "tolerance": tolerance}
 
 
 async def search(

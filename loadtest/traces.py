@@ -55,7 +55,8 @@ def read(kind: str, path: Path, limit: int | None = None, output_tokens: int = 0
             if limit is not None and len(rows) == limit:
                 break
     except (OSError, UnicodeDecodeError, EOFError) as error:
-        raise TraceError(f"{path}: {error}") from error
+        reason = error.strerror if isinstance(error, OSError) else None  # its text would name the file again
+        raise TraceError(f"{path}: {reason or error}") from error
     if not rows:
         raise TraceError(f"{path}:1: no request in it")
     return rows

@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import subprocess
 import sys
+import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -136,6 +139,72 @@ def test_one_process_drives_a_hundred_streams_at_little_cost() -> None:
     assert report["cpu_us_per_token"] < 200  # 5,000 tokens per second would fill a core
 
 
+# ---- the command, on a server that computes nothing
+
+
+@pytest.fixture
+def no_servers() -> Iterator[Path]:
+    """An empty runtime directory; its name must be short."""
+    with tempfile.TemporaryDirectory(prefix="bt-", dir="/tmp") as directory:
+        yield Path(directory)
+
+
+def test_an_interrupted_sweep_leaves_what_had_ended(tmp_path: Path, no_servers: Path, fake: FakeServer) -> None:
+    flags = ("--url", fake.url + "/v1", "--rate", "50,0.2", "--requests", "20", "--output-tokens", "3")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cluster.cli", "bench", *flags],
+        cwd=tmp_path,
+        env={**os.environ, "BATON_RUNTIME_DIR": str(no_servers), "PYTHONPATH": str(_ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    guard = threading.Timer(50.0, process.kill)
+    guard.start()
+    try:
+        assert process.stderr is not None
+        while "50/s" not in (line := process.stderr.readline()):
+            assert line, "it ended without a result"
+        process.send_signal(signal.SIGINT)
+        said = process.stderr.read()
+        assert process.wait() == 130, said
+    finally:
+        guard.cancel()
+        process.kill()
+        process.communicate()
+    assert "baton: interrupted; a partial result is written, of loads that had ended: 1" in said
+    assert "Traceback" not in said
+    found = json.loads((tmp_path / "bench.json").read_text())
+    assert found["partial"] is True
+    assert [run["rate"] for run in found["runs"]] == [50.0]
+    assert "Partial." in (tmp_path / "bench.html").read_text()
+
+
+def test_results_of_several_files_are_put_side_by_side_on_the_terminal(
+    tmp_path: Path, no_servers: Path, fake: FakeServer
+) -> None:
+    load = ("--url", fake.url, "--rate", "60", "--requests", "12", "--output-tokens", "3")
+    for name in ("one.json", "two.json"):
+        status, said = run_bench(no_servers, tmp_path, *load, "--json", name)
+        assert status == 0, said
+    status, said = run_bench(no_servers, tmp_path, "--compare", "one.json", "two.json")
+    assert status == 0, said
+    assert [line.split()[:2] for line in said.splitlines()[1:3]] == [["one.json", "60/s"], ["two.json", "60/s"]]
+    text = (tmp_path / "bench-compare.html").read_text()
+    assert "one.json, 60 req/s" in text
+    (tmp_path / "other.json").write_text("hello")
+    status, said = run_bench(no_servers, tmp_path, "--compare", "one.json", "other.json")
+    assert status == 2
+    assert said.startswith("baton: other.json: not a bench result")
+
+
+def test_a_load_without_any_success_fails_and_says_of_what(tmp_path: Path, no_servers: Path, fake: FakeServer) -> None:
+    load = ("--url", fake.url, "--rate", "60", "--requests", "12", "--field", "fault=http_503", "--warmup", "0")
+    status, said = run_bench(no_servers, tmp_path, *load, "--cooldown", "0")
+    assert status == 1, said
+    assert "FAILED: 12 of 12 measured requests: 12 x http_503" in said
+    assert (tmp_path / "bench.json").exists()
+
+
 # ---- a real Baton
 
 
@@ -147,10 +216,15 @@ def baton() -> Iterator[System]:
 
 def bench(system: System, cwd: Path, *args: str) -> tuple[int, str]:
     """`baton bench ARGS` as a user types it; the status and what it said."""
+    return run_bench(system.runtime_dir, cwd, *args)
+
+
+def run_bench(runtime_dir: Path, cwd: Path, *args: str) -> tuple[int, str]:
+    """The same where only what runs in `runtime_dir` is known."""
     done = subprocess.run(
         [sys.executable, "-m", "cluster.cli", "bench", *args],
         cwd=cwd,
-        env={**os.environ, "BATON_RUNTIME_DIR": str(system.runtime_dir), "PYTHONPATH": str(_ROOT)},
+        env={**os.environ, "BATON_RUNTIME_DIR": str(runtime_dir), "PYTHONPATH": str(_ROOT)},
         capture_output=True,
         text=True,
         timeout=50,

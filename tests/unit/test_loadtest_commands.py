@@ -62,6 +62,65 @@ def test_flags_that_contradict_each_other_are_refused() -> None:
             command.workload_of(parsed(*flags), None)
 
 
+def said_of(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """What a bad command line is answered; it must be one line and status 2."""
+    assert cli_status(*words) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("baton: ")
+    assert said.count("\n") == 1
+    return said
+
+
+def cli_status(*words: str) -> int:
+    try:
+        return cli.main(["bench", *words])
+    except SystemExit as ended:
+        return int(ended.code or 0)
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (("--slo", "ttft=200ms"), "'ttft=200ms' lacks tpot: both are needed"),
+        (("--slo", "tpot=20ms"), "lacks ttft"),
+        (("--slo", "ttft=200,tpot=20ms"), "ttft=200 has no unit"),
+        (("--clients", "0"), "'0' is not a whole number of at least 1"),
+        (("--rate", "x"), "see `baton bench run --help`"),
+        (("--no-such-flag",), "unrecognized arguments: --no-such-flag"),
+        (("goodput", "--tolerance", "0"), "see `baton bench goodput --help`"),
+        (("compare", "--output", "d", "--budgets", "64,x"), "--budgets"),
+    ],
+)
+def test_a_bad_flag_is_answered_in_one_line(
+    capsys: pytest.CaptureFixture[str], words: tuple[str, ...], part: str
+) -> None:
+    assert part in said_of(capsys, *words)
+
+
+def test_what_can_not_be_read_or_written_is_said_before_any_server_is_looked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("BATON_RUNTIME_DIR", str(tmp_path / "no-server-here"))
+    for words, name in (
+        (("--rate", "1", "--json", "missing/x.json"), "missing/x.json"),
+        (("--rate", "1", "--html", "missing/x.html"), "missing/x.html"),
+        (("--rate", "1", "--json", str(tmp_path)), str(tmp_path)),
+        (("--rate", "1", "--data", "azure:none.csv"), "none.csv"),
+        (("--rate", "1", "--api-key-file", "none.key"), "none.key"),
+        (("--compare", "a.json", "b.json"), "a.json"),
+        (("--compare", "a.json"), "a.json"),
+    ):
+        assert said_of(capsys, *words).count(name) == 1
+    assert cli_status("--rate", "1") == 1
+    assert "BATON_RUNTIME_DIR" in capsys.readouterr().err  # it was looked for, in a directory that can not be
+
+
+def test_a_url_may_end_as_other_tools_want_it() -> None:
+    for url in ("http://h:1", "http://h:1/", "http://h:1/v1", "http://h:1/v1/"):
+        assert parsed("--url", url).url == "http://h:1"
+
+
 # ---- compare
 
 
@@ -115,6 +174,16 @@ def test_a_comparison_that_is_complete_is_only_reported(tmp_path: Path) -> None:
     assert "| 2 | 400 ms (400 ms to 400 ms) |" in text
     assert "<figure>" in (tmp_path / "c" / "compare.html").read_text()
     assert len(json.loads((tmp_path / "c" / "compare.json").read_text())["grid"]["azure"]) == 16
+
+
+def test_late_runs_make_a_comparison_invalid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = prepared(tmp_path / "c")
+    (tmp_path / "c" / "runs" / "azure-PD-4-1.json").write_text(json.dumps({**a_run(0.01), "valid": False}))
+    assert compare.run(found, NO_SERVER) == 3
+    assert (tmp_path / "c" / "compare.md").read_text().startswith("**INVALID: in 1 of 16 runs")
+    assert "INVALID: in 1 of 16 runs" in (tmp_path / "c" / "compare.html").read_text()
+    assert "INVALID: in 1 of 16 runs" in capsys.readouterr().err
+    assert json.loads((tmp_path / "c" / "compare.json").read_text())["valid"] is False
 
 
 def test_a_run_that_is_missing_is_measured_and_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import re
 from array import array
 from pathlib import Path
 from typing import Any
@@ -190,6 +191,22 @@ def test_a_result_is_written_and_read_and_becomes_a_page_of_its_own(tmp_path: Pa
     assert text.count("<figure>") == 9  # attainment, scale, five distributions, two of the timeline
 
 
+def test_every_latency_column_has_one_unit_and_no_exponents() -> None:
+    entry = a_result("slow", delay=2.5)
+    entry["runs"][0]["ttft_s"].update(p99=0.012, ci95={**entry["runs"][0]["ttft_s"]["ci95"], "p99": [0.0114, 1.234]})
+    text = page.page([entry])
+    assert "<th>TTFT p99, ms</th>" in text
+    assert "<td>12.0<small>11.4–1,234</small></td>" in text
+    assert not re.search(r"[0-9]e[+-][0-9]", text)
+    assert not re.search(r"<td>[0-9.,]+ (us|ms|s)<", text)
+
+
+def test_a_partial_result_says_so() -> None:
+    entry = a_result("x")
+    assert "Partial." not in page.page([entry])
+    assert "Partial." in page.page([{**entry, "partial": True}])
+
+
 def test_results_are_put_side_by_side_at_a_rate_that_both_have() -> None:
     text = page.page([a_result("one"), a_result("two", delay=0.2)])
     assert "one, 10 req/s" in text
@@ -206,7 +223,7 @@ def test_a_result_without_objectives_has_no_attainment() -> None:
 
 def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text('{"format": "else"}')
-    with pytest.raises(result.ResultError, match=r"x\.json: not a result"):
+    with pytest.raises(result.ResultError, match=r"x\.json: not a bench result"):
         result.read(tmp_path / "x.json")
 
 

@@ -173,16 +173,15 @@ def make_runner(options: dict[str, Any], comm: Comm | None, cores: Sequence[int]
 
 def _lead(options: dict[str, Any]) -> ShmComm:
     """Start a follower on each core but the first, and join them."""
-    directory = tempfile.mkdtemp(prefix="baton-bench-")
-    path, size, cores = f"{directory}/tp.sock", int(options["tp_size"]), options["cores"]
-    os.sched_setaffinity(0, cores)
-    for rank in range(1, size):
-        spec = json.dumps({**options, "follow": path, "rank": rank, "cores": [cores[rank]]})
-        subprocess.Popen([sys.executable, __file__, spec], stdin=subprocess.DEVNULL, stdout=2)
-    os.sched_setaffinity(0, cores[:1])
-    comm = ShmComm(path, rank=0, size=size)
-    os.rmdir(directory)  # the socket in it is gone once all have joined
-    return comm
+    size, cores = int(options["tp_size"]), options["cores"]
+    with tempfile.TemporaryDirectory(prefix="baton-bench-") as directory:
+        path = f"{directory}/tp.sock"
+        os.sched_setaffinity(0, cores)
+        for rank in range(1, size):
+            spec = json.dumps({**options, "follow": path, "rank": rank, "cores": [cores[rank]]})
+            subprocess.Popen([sys.executable, __file__, spec], stdin=subprocess.DEVNULL, stdout=2)
+        os.sched_setaffinity(0, cores[:1])
+        return ShmComm(path, rank=0, size=size)
 
 
 def _follow(options: dict[str, Any]) -> None:

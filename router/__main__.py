@@ -1,7 +1,7 @@
 """The router process: `python -m router`, told what to be on stdin (baton.process). Knows no HTTP and no workers.
 
 Lines in: {"spec": RouterSpec}, then {"event": "fleet", "workers": [{"worker_id", "address"}]} with the full
-membership, {"event": "stop"}. End of file: the parent is gone, and so is this process.
+membership, {"event": "stop"}. End of file without a stop: the parent is gone, and so is this process.
 Lines out: listening (http_url, grpc_url, timings), serving, not_serving (reason), failed (error).
 """
 
@@ -13,6 +13,7 @@ import logging
 import os
 import signal
 import socket
+import threading
 import time
 from typing import Any, NoReturn
 
@@ -78,10 +79,18 @@ async def _run(link: ParentLink, spec: RouterSpec, http_socket: socket.socket, t
         )
         loop.add_signal_handler(signal.SIGTERM, commands.put_nowait, {"event": "stop"})
 
+        is_told_to_stop = threading.Event()
+
         def on_message(message: dict[str, Any]) -> None:
+            if message["event"] == "stop":
+                is_told_to_stop.set()
             loop.call_soon_threadsafe(commands.put_nowait, message)
 
-        link.watch(on_message, lambda: os._exit(0))  # workers notice by their broken sessions
+        def on_end() -> None:
+            if not is_told_to_stop.is_set():  # a parent that says so may close its end at once; what runs is drained
+                os._exit(0)  # workers notice by their broken sessions
+
+        link.watch(on_message, on_end)
         while (command := await commands.get())["event"] != "stop":
             if command["event"] == "fleet":
                 router.set_members(command["workers"])

@@ -106,7 +106,7 @@ def test_it_listens_then_serves_then_does_not_then_ends() -> None:
     run(scenario)
 
 
-@pytest.mark.parametrize("how", ["stop", "SIGTERM", "end of file"])
+@pytest.mark.parametrize("how", ["stop", "stop, then end of file", "SIGTERM", "end of file"])
 def test_it_ends_soon_even_under_a_request_that_does_not(how: str) -> None:
     async def scenario() -> None:
         cluster = FakeCluster()
@@ -120,8 +120,11 @@ def test_it_ends_soon_even_under_a_request_that_does_not(how: str) -> None:
             stream = asyncio.create_task(client.post(f"{url}/v1/completions", json=wish))
             await worker.until(lambda: bool(worker.tokens))
             began = time.monotonic()
-            if how == "stop":
+            if how.startswith("stop"):
                 router.tell(event="stop")
+                if how != "stop":
+                    assert router.process.stdin is not None
+                    router.process.stdin.close()
             elif how == "SIGTERM":
                 os.kill(router.process.pid, signal.SIGTERM)
             else:

@@ -84,9 +84,10 @@ def _bars(trace: Mapping[str, Any], moments: Mapping[str, Mapping[str, float]]) 
     add("queue", first_worker, start.get("received"), start.get("prefill_begin"))
     add("prefill", first_worker, start.get("prefill_begin"), start.get("prefill_end"))
     if trace.get("transfer_ms") is not None:
-        begin, runnable = decode.get("kv_begin"), decode.get("runnable")
+        sampled, runnable = start.get("prefill_end"), decode.get("runnable")
+        begin = min((at for at in (decode.get("kv_begin"), sampled) if at is not None), default=None)
         note = f"{_exposed(trace)} exposed"
-        add("transfer", f"to {decode_worker}", begin, runnable, exposed_from_ms=start.get("prefill_end"), note=note)
+        add("transfer", f"to {decode_worker}", begin, runnable, exposed_from_ms=sampled, note=note)
     add("deliver", "router", start.get("prefill_end"), router.get("first_token"))
     return bars
 

@@ -94,9 +94,10 @@ class Timeline:
     def waterfall(self) -> dict[str, Any]:
         """The measured parts, in ms; None where a part did not happen or nobody measured it.
 
-        `transfer` = from the first KV byte that the decode side takes until that side is runnable: all ranks hold
-        every byte, verified, and the manifest. `transfer_exposed` = decode side runnable - first token sampled, at
-        least 0; `transfer_hidden` = the rest of it, which the prefill covered.
+        `transfer` = from the first KV byte that the decode side takes, or from the first token sampled if that is
+        earlier (then the wait for the first byte belongs to it), until that side is runnable: all ranks hold every
+        byte, verified, and the manifest. `transfer_exposed` = its part after the first token was sampled, at least 0;
+        `transfer_hidden` = the rest of it, which the prefill covered.
         `step` = the median gap between tokens after the second; `handover` = gap between tokens 1 and 2, minus that.
         """
         start = self.moments.get(self.prefill_worker or self.decode_worker, {})
@@ -117,10 +118,11 @@ class Timeline:
             "total": _gap(self.arrived, self.finished),
         }
         if self.prefill_worker and ended is not None and "runnable" in decode:
-            transfer = _gap(decode.get("kv_begin"), decode["runnable"])
             exposed = max(0.0, decode["runnable"] - ended)
-            parts["transfer"], parts["transfer_exposed"] = transfer, exposed
-            parts["transfer_hidden"] = None if transfer is None else max(0.0, transfer - exposed)
+            parts["transfer_exposed"] = exposed
+            if "kv_begin" in decode:
+                hidden = max(0.0, min(ended, decode["runnable"]) - decode["kv_begin"])
+                parts["transfer"], parts["transfer_hidden"] = hidden + exposed, hidden
         if self.intervals:
             parts["tpot"] = sum(self.intervals) / len(self.intervals)
             if len(self.intervals) > 1:

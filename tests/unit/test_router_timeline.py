@@ -48,6 +48,17 @@ def test_a_decode_side_that_was_ready_first_exposes_nothing() -> None:
     assert timeline.waterfall()["transfer_exposed_ms"] == 0.0
 
 
+def test_a_transfer_that_began_after_the_first_token_is_no_shorter_than_its_exposed_part() -> None:
+    timeline = finished()
+    timeline.worker_moments("d", {"kv_begin": 0.1135}, 0, "", 0)
+    trace = timeline.trace()
+    assert (trace["transfer_ms"], trace["transfer_hidden_ms"], trace["transfer_exposed_ms"]) == (2.0, 0.0, 2.0)
+    assert "transfer 2.00 (2.00 exposed, shm)" in waterfall.line(trace)
+    (bar,) = [line for line in waterfall.picture(trace).splitlines() if line.startswith("  transfer")]
+    assert bar.split()[3] == "2.00"
+    assert bar.endswith("2.00 exposed")
+
+
 def test_the_log_and_the_trace_mean_the_same_transfer() -> None:
     trace = {**finished().trace(), "request_id": "r"}
     moments = trace["moments_ms"]

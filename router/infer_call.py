@@ -52,7 +52,12 @@ class InferCall:
             tree["timeout"] = tree["timeout"] / 1e6 or None  # Triton's is in microseconds, 0 for none
         if "sampling_parameters" in tensors:
             tree |= _sampling(_text(tensors["sampling_parameters"], "sampling_parameters"))
-        for refused in ("stream", "echo", "logprobs", "prompt", "return_token_ids", "stream_options"):
+        if tree.pop("stream", None):
+            raise InvalidRequest(
+                "stream is no parameter here: ask ModelStreamInfer with the input stream, BOOL [1] = true.",
+                param="stream",
+            )
+        for refused in ("echo", "logprobs", "prompt", "return_token_ids", "stream_options"):
             if tree.pop(refused, None):
                 raise InvalidRequest(f"{refused} is not a parameter of this protocol.", param=refused)
         self.body = check(CompletionBody, {**tree, "prompt": self.text})

@@ -187,6 +187,8 @@ def broken(name: str) -> pb.ModelInferRequest:
         request.inputs.add(name="image", datatype="BYTES").contents.bytes_contents.append(b"x")
     elif name == "unary stream":
         request = infer(stream=True)
+    elif name == "stream parameter":
+        request.parameters["stream"].bool_param = True
     return request
 
 
@@ -209,6 +211,7 @@ TABLE: list[tuple[pb.ModelInferRequest, grpc.StatusCode, str]] = [
     (broken("raw cut short"), grpc.StatusCode.INVALID_ARGUMENT, "cut short"),
     (broken("raw count"), grpc.StatusCode.INVALID_ARGUMENT, "raw_input_contents"),
     (broken("unknown tensor"), grpc.StatusCode.INVALID_ARGUMENT, "Unknown input tensor: image"),
+    (broken("stream parameter"), grpc.StatusCode.INVALID_ARGUMENT, "with the input stream, BOOL [1] = true"),
     (broken("unary stream"), grpc.StatusCode.INVALID_ARGUMENT, "needs ModelStreamInfer"),
 ]
 

@@ -27,6 +27,13 @@ class NotFound(ClientError):
     """The server does not know what was asked for."""
 
 
+class Refused(ClientError):
+    """The server wants a key or a secret that it was not given."""
+
+
+_REFUSALS: Final = {401: Refused, 404: NotFound}
+
+
 @dataclass(frozen=True, slots=True)
 class Connection:
     """A server's HTTP API. Without a `token` its internal paths are closed."""
@@ -50,11 +57,11 @@ class Connection:
 
         Raises:
             NotFound: 404.
+            Refused: 401.
             ClientError: any other refusal, or nobody answers.
         """
         parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or parts.hostname is None:
-            raise ClientError(f"{self.url}: not a URL such as http://127.0.0.1:8000")
+        assert parts.hostname is not None
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         connection = kind(parts.hostname, parts.port, timeout=timeout_s)
         try:
@@ -64,10 +71,11 @@ class Connection:
             )
             response = connection.getresponse()
             if response.status >= 400:
-                raise (NotFound if response.status == 404 else ClientError)(_message(response))
+                raise _REFUSALS.get(response.status, ClientError)(_message(response))
             yield response
         except (OSError, http.client.HTTPException) as error:
-            raise ClientError(f"{self.url} does not answer: {str(error) or type(error).__name__}") from error
+            why = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            raise ClientError(f"{self.url} does not answer: {why}") from error
         finally:
             connection.close()
 
@@ -82,13 +90,15 @@ class Connection:
         """A JSON answer of an internal path.
 
         Raises:
-            ClientError: we do not know this cluster's secret.
+            ClientError: we do not know this cluster's secret, or as `request`.
         """
-        if self.token is None:
+        try:
+            return self.get(path, {} if self.token is None else {"authorization": self.token})
+        except Refused as error:
+            whose = "is not a server of yours" if self.token is None else f"refuses the secret that is set ({error})"
             raise ClientError(
-                f"{self.url} is not a server of yours; set {auth.SECRET_ENV} or {auth.SECRET_FILE_ENV} to its secret"
-            )
-        return self.get(path, {"authorization": self.token})
+                f"{self.url} {whose}; set {auth.SECRET_ENV} or {auth.SECRET_FILE_ENV} to its secret"
+            ) from error
 
 
 def connect(arguments: argparse.Namespace) -> Connection:
@@ -98,18 +108,39 @@ def connect(arguments: argparse.Namespace) -> Connection:
         ClientError: there is none, or more than one.
     """
     servers = [server for server in run_dir.servers() if server.is_alive]
-    wanted: str | None = arguments.url
-    if wanted is None and arguments.port is not None:
-        wanted = f"http://127.0.0.1:{arguments.port}"
-    if wanted is not None:
+    if (wanted := wanted_url(arguments)) is not None:
         for server in servers:
-            if server.url is not None and _port(server.url) == _port(wanted):
-                return Connection(wanted.rstrip("/"), server.token, server)
-        return Connection(wanted.rstrip("/"), _token_of_environment())
+            if is_at(server, wanted):
+                return Connection(wanted, server.token, server)
+        return Connection(wanted, _token_of_environment())
     server = choose(servers)
     if server.url is None:
         raise ClientError(f"the server (process {server.guardian.pid}) is still starting")
     return Connection(server.url, server.token, server)
+
+
+def wanted_url(arguments: argparse.Namespace) -> str | None:
+    """The root of the server that `--url` (an OpenAI `base_url` too) or `--port` means; None: neither is given.
+
+    Raises:
+        ClientError: it is no URL.
+    """
+    if arguments.url is None:
+        return None if arguments.port is None else f"http://127.0.0.1:{arguments.port}"
+    url = str(arguments.url)
+    try:
+        parts = urlsplit(url)
+        is_url = parts.scheme in ("http", "https") and parts.hostname is not None and parts.port != 0
+    except ValueError:  # a port that is no number
+        is_url = False
+    if not is_url:
+        raise ClientError(f"{url}: not a URL such as http://127.0.0.1:8000")
+    return url.rstrip("/").removesuffix("/v1").rstrip("/")
+
+
+def is_at(server: Server, url: str) -> bool:
+    """Whether a server of this machine listens there, whatever loopback is called."""
+    return server.url is not None and _port(server.url) == _port(url)
 
 
 def choose(servers: list[Server]) -> Server:

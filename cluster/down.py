@@ -19,18 +19,18 @@ _LOOK_AGAIN_S: Final = 0.05
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """End it, wait until it is gone, and say what ended; the exit status."""
+    """End it, wait until it is gone, and say what ended; the exit status.
+
+    Raises:
+        ClientError: there is none, or more than one to choose from, or it did not end.
+    """
     for run_id in run_dir.remove_dead():
         sys.stdout.write(f"Removed what server {run_id} had left behind when it was killed.\n")
     servers = [server for server in run_dir.servers() if server.is_alive]
-    port = arguments.port
-    if arguments.url is not None:
-        servers = [server for server in servers if server.url == arguments.url.rstrip("/")]
-    elif port is not None:
-        servers = [server for server in servers if server.url is not None and server.url.endswith(f":{port}")]
+    if (wanted := client.wanted_url(arguments)) is not None:
+        servers = [server for server in servers if client.is_at(server, wanted)]
     if not servers:
-        sys.stdout.write("No such server of yours is running.\n")
-        return 0
+        raise ClientError("no such server of yours is running")
     for server in servers if arguments.all else [client.choose(servers)]:
         _end(server)
     return 0

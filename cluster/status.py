@@ -35,7 +35,7 @@ def describe(status: Mapping[str, Any], url: str) -> str:
     units = {
         name: unit for name, unit in status.get("server", {}).get("units", {}).items() if not name.startswith("router")
     }
-    rows = [_row(name, workers.get(name), units.get(name, {})) for name in sorted({*workers, *units})]
+    rows = [_row(name, workers.get(name), units.get(name, {})) for name in sorted({*workers, *units}, key=_natural)]
     return "\n".join([head, "", *_table([_COLUMNS, *rows])])
 
 
@@ -57,6 +57,12 @@ def _row(name: str, worker: Mapping[str, Any] | None, unit: Mapping[str, Any]) -
         _counts(transfers),
         ", ".join(sorted(set(map(str, peers.values())))) or "-",
     )
+
+
+def _natural(name: str) -> tuple[str, int]:
+    """decode-2 before decode-10."""
+    role, _, index = name.rpartition("-")
+    return (role, int(index)) if index.isdecimal() else (name, 0)
 
 
 def _counts(counts: Mapping[str, Any]) -> str:

@@ -180,10 +180,10 @@ def test_without_a_server_there_is_one_sentence(nowhere: Path, command: tuple[st
     assert line.startswith("baton: no server of yours is running; start one with `baton serve`")
 
 
-def test_down_without_a_server_is_content(nowhere: Path) -> None:
+def test_down_without_a_server_has_failed(nowhere: Path) -> None:
     done = baton(nowhere, "down")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == "No such server of yours is running.\n"
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "baton: no such server of yours is running\n"
 
 
 @pytest.mark.parametrize(
@@ -215,3 +215,19 @@ def test_down_ends_the_server_and_leaves_nothing() -> None:
         assert system.process.wait(5) == 0
         assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
         assert [path for path in system.runtime_dir.iterdir() if path.name != "logs"] == []
+
+
+@pytest.mark.parametrize("how", ["Ctrl-C", "down"])
+def test_a_stream_that_outlives_the_drain_ends_with_an_error_that_says_why(how: str) -> None:
+    wish = {"prompt": "x", "max_tokens": 4000, "ignore_eos": True, "stream": True}
+    with serve("--engine", "sim", "--set", "router.drain_s=0.2") as system:
+        with system.client() as client, client.stream("POST", "/v1/completions", json=wish) as stream:
+            lines = stream.iter_lines()
+            assert "text_completion" in next(lines)
+            if how == "down":
+                assert baton(system.runtime_dir, "down").returncode == 0
+            else:
+                system.process.send_signal(signal.SIGINT)
+            *_, last = [line for line in lines if line.startswith("data: ")]  # a cut connection raises
+        assert "shutting down" in json.loads(last.removeprefix("data: "))["error"]["message"]
+        assert system.process.wait(20) == 0

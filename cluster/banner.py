@@ -8,9 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 from baton import __version__
-from baton.config import Config
+from baton.config import Config, RouterSection
 from cluster.site import OWN_ADDRESS
 from cluster.topology import FRONT, ROUTER, ModelChoice, WorkerPlan
 from cluster.waterfall import size
@@ -26,10 +27,12 @@ class Step:
 
 
 class StartUp:
-    """When each step of a start began and ended."""
+    """How a start was asked for, and when each of its steps began and ended."""
 
-    def __init__(self, began: float) -> None:
+    def __init__(self, began: float, program: str = "baton") -> None:
+        """`program`: how the user called the command."""
         self._began = began
+        self.program = program
         self.steps: list[Step] = []
         self.total_s: float | None = None
 
@@ -97,7 +100,7 @@ def banner(
         ("start", _steps(start_up)),
         *(("note", note) for note in _notes(config)),
         ("logs", f"{logs}  (removed at the end unless something fails)"),
-        ("try", f"baton chat, baton status, baton trace, or\n{_curl(http_url, model.name, config)}"),
+        ("try", f"{_commands(start_up.program, http_url)}, or\n{_curl(http_url, model.name, config)}"),
     ]
     width = max(len(label) for label, _ in rows) + 2
     lines = []
@@ -167,6 +170,15 @@ def _notes(config: Config) -> list[str]:
 def _steps(start_up: StartUp) -> str:
     steps = sorted(start_up.steps, key=lambda step: step.end_s)
     return ", ".join(f"{step.name} {step.begin_s:.1f}-{step.end_s:.1f} s" for step in steps)
+
+
+def _commands(program: str, http_url: str) -> str:
+    """They find the server by themselves, unless another runs; the port tells them apart."""
+    parts = urlsplit(http_url)
+    is_usual = parts.port == RouterSection().port
+    is_near = parts.hostname in ("localhost", "0.0.0.0", "::") or str(parts.hostname).startswith("127.")
+    which = "" if is_usual else f" --port {parts.port}" if is_near else f" --url {http_url}"
+    return ", ".join(f"{program} {command}{which}" for command in ("chat", "status", "trace"))
 
 
 def _curl(http_url: str, model: str, config: Config) -> str:

@@ -6,8 +6,10 @@ There are no defaults here: a flag of `serve` sets one key of baton/config.py, w
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -86,14 +88,28 @@ def _verbatim(value: object) -> object:
     return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else value
 
 
+class _Parser(argparse.ArgumentParser):
+    """A command's parser refuses what it does not know itself, under its own usage line; the top one would else."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As the base; never leaves a flag over."""
+        parsed, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            known = [text for action in self._actions for text in action.option_strings]
+            similar = difflib.get_close_matches(unknown[0].partition("=")[0], known, 1)
+            advice = f"; did you mean {similar[0]}?" if similar else f"; see `{self.prog} --help`"
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{advice}")
+        return parsed, unknown
+
+
 def parser() -> argparse.ArgumentParser:
     """All commands and their flags."""
-    top = argparse.ArgumentParser(
-        prog="baton", description="Disaggregated prefill/decode serving of large language models."
-    )
+    top = _Parser(prog="baton", description="Disaggregated prefill/decode serving of large language models.")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
-    serve = commands.add_parser("serve", help="serve a model", description=_SERVE_TEXT)
+    serve = commands.add_parser(
+        "serve", help="serve a model", description=_SERVE_TEXT, usage="baton serve [MODEL] [FLAGS]"
+    )
     serve.add_argument("model", nargs="?", metavar="MODEL", help="a Hugging Face directory or hub id; none: a demo")
     for flag in FLAGS:
         if flag.const is not None:
@@ -150,8 +166,21 @@ _BENCH_TEXT: Final = "Send a load to a server and measure what clients see. With
 def _serve(arguments: argparse.Namespace, began: float) -> int:
     from cluster import guardian
 
-    request = {"config_file": arguments.config, "settings": settings_of(arguments), "log_format": arguments.log_format}
+    request = {
+        "config_file": arguments.config,
+        "settings": settings_of(arguments),
+        "log_format": arguments.log_format,
+        "program": _program(),
+    }
     return guardian.serve(request, began)
+
+
+def _program() -> str:
+    """How the user can call `baton` again: by the same words, or by name where the PATH has this very one."""
+    if not os.path.basename(sys.argv[0]).startswith("baton"):
+        return f"{sys.executable} -m cluster.cli"
+    found = shutil.which("baton")
+    return "baton" if found is not None and os.path.abspath(sys.argv[0]) == found else sys.argv[0]
 
 
 def _chat(arguments: argparse.Namespace) -> int:

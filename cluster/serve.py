@@ -7,6 +7,7 @@ comes from and the run directory.
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import socket
@@ -43,15 +44,20 @@ class Request:
     log_format: str | None
     run: RunDir
     began: float
+    program: str
+    """How the user called this command; for advice on others."""
 
 
 def check_ports(config: Config) -> None:
     """Fail early if a front door's port is taken.
 
     Raises:
+        ConfigError: both doors want the same port.
         StartFailed: names the port and the flag that chooses another.
     """
     router = config.router
+    if router.port and router.port == router.grpc_port:
+        raise ConfigError(f"--port and --grpc-port: both are {router.port}; choose another for one of them")
     if router.host == OWN_ADDRESS:
         return  # it is known later
     for flag, port in (("--port", router.port), ("--grpc-port", router.grpc_port)):
@@ -61,8 +67,9 @@ def check_ports(config: Config) -> None:
             try:
                 probe.bind((router.host, port))
             except OSError as error:
+                choice = flag if error.errno in (errno.EADDRINUSE, errno.EACCES) else "--host"
                 raise StartFailed(
-                    f"can not listen on {router.host}:{port} ({error.strerror}); choose another with {flag}"
+                    f"can not listen on {router.host}:{port} ({error.strerror}); choose another with {choice}"
                 ) from error
 
 
@@ -72,15 +79,15 @@ def _modules() -> Modules:
 
 
 def _build(request: Request, console: Console) -> Supervisor:
-    start_up = StartUp(request.began)
+    start_up = StartUp(request.began, request.program)
     config = load_config(request.config_file, request.settings)
     check_ports(config)
     _check_api_keys(config)
     secret = _take_secret(config)
     model = topology.resolve_model(config, lambda hub_id: console.say(f"downloading {hub_id}"))
-    topology.check_fit(config, model)
     is_one_machine = config.cluster.address is None
     workers = topology.plan_workers(config, sorted(os.sched_getaffinity(0)) if is_one_machine else ())
+    topology.check_fit(config, model, workers)
     local = LocalLauncher(request.run)
     launcher: Launcher = local
     if config.cluster.launcher == "ray":
@@ -137,7 +144,12 @@ def _take_terminal(request: Request) -> Console:
 def _read_request() -> Request:
     asked = json.loads(sys.stdin.buffer.readline())
     return Request(
-        asked["config_file"], asked["settings"], asked["log_format"], RunDir(Path(asked["run_dir"])), asked["began"]
+        asked["config_file"],
+        asked["settings"],
+        asked["log_format"],
+        RunDir(Path(asked["run_dir"])),
+        asked["began"],
+        asked["program"],
     )
 
 

@@ -190,9 +190,14 @@ class Supervisor:
             )
 
     async def _scale(self, group: asyncio.TaskGroup, wanted: Sequence[WorkerPlan]) -> str:
-        """Start the workers that are missing, wait until they serve, and end the others, drained."""
+        """Start the workers that are missing, wait until they serve, and end the others, drained.
+
+        Raises:
+            ConfigError: those that are missing would not fit; nothing was started or ended.
+        """
         plans = {plan.worker_id: plan for plan in wanted}
         new = [name for name in plans if name not in self._workers]
+        topology.check_fit(self._config, self._model, [plans[name] for name in new])
         old = [name for name in self._workers if name not in plans]
         for name in new:
             self._workers[name], self._facts[name], self._ready[name] = plans[name], UnitFacts(), asyncio.Event()

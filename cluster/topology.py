@@ -158,14 +158,13 @@ def _is_hub_id(text: str) -> bool:
     return _HUB_ID.fullmatch(text) is not None and not text.startswith(".")
 
 
-def check_fit(config: Config, model: ModelChoice) -> None:
-    """Refuse at once what every rank would refuse after its start: a model or sizes that do not go together.
+def check_fit(config: Config, model: ModelChoice, workers: Iterable[WorkerPlan]) -> None:
+    """Refuse at once what every rank of workers to be started would refuse: a model or sizes that do not go together.
 
     Raises:
         ConfigError: names the key.
     """
-    ranks = [config.topology.tp] * (config.topology.decode + config.topology.mixed)
-    ranks += [config.topology.prefill_tp or config.topology.tp] * config.topology.prefill
+    ranks = [plan.tp_size for plan in workers]
     pools_bytes = (config.engine.kv_cache_bytes or 0) * sum(ranks)
     if config.cluster.address is None and pools_bytes > (available := _available_bytes()):
         raise ConfigError(

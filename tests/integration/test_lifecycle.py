@@ -191,14 +191,25 @@ def test_a_taken_port_is_refused_before_anything_starts(flag: str) -> None:
             server.audit.assert_clean(0.0)
 
 
+def test_an_address_of_another_machine_is_no_fault_of_the_port() -> None:
+    with StubServer("--host", "203.0.113.1") as server:
+        assert server.process.wait(10) == 1
+        assert server.stderr.startswith("baton: can not listen on 203.0.113.1:0 (")
+        assert server.stderr.endswith("; choose another with --host\n")
+        server.audit.assert_clean(0.0)
+
+
 @pytest.mark.parametrize(
     ("flags", "complaint"),
     [
-        (["--set", "engine.blok_size=32"], "engine.blok_size: Extra inputs are not permitted"),
+        (["--set", "engine.blok_size=32"], "engine.blok_size: no such key; did you mean engine.block_size"),
         (["--set", "engine.block_size=[1"], "engine.block_size: '[1' is not a YAML value"),
         (["--set", "nothing"], "--set nothing: must be key=value"),
         (["--config", "/nowhere.yaml"], "/nowhere.yaml"),
         (["--engine", "native", "/no/such/model"], "model.path: /no/such/model: no such directory"),
+        (["--set", "router.drain=2"], "router.drain: no such key; did you mean router.drain_s"),
+        (["--set", "drain_s=2"], "drain_s: no such key; did you mean router.drain_s"),
+        (["--port", "4711", "--grpc-port", "4711"], "--port and --grpc-port: both are 4711"),
         (["--prefill", "-1"], "topology.prefill"),
         (["--address", "auto"], "cluster.address needs cluster.launcher: ray"),
     ],

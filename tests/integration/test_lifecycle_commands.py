@@ -85,15 +85,29 @@ def test_a_url_of_a_server_that_is_not_ours_can_not_be_inspected(server: StubSer
     assert refused.returncode == 1
     assert "is not a server of yours" in refused.stderr
     wrong = run(empty, "status", "--url", url, env={"BATON_CLUSTER_SECRET": "x" * 32})
-    assert (wrong.returncode, wrong.stderr) == (1, "baton: wrong token\n")
+    assert wrong.returncode == 1
+    assert wrong.stderr.startswith(f"baton: {url} refuses the secret that is set (wrong token); set BATON_CLUSTER_")
     empty.rmdir()
 
 
-def test_a_port_where_nobody_listens_is_one_sentence(server: StubServer) -> None:
-    done = run(server, "chat", "hi", "--port", "1")
-    assert done.returncode == 1
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("baton: http://127.0.0.1:1 does not answer: ")
+@pytest.mark.parametrize("command", [("chat", "hi"), ("status",), ("trace",)])
+def test_a_port_where_nobody_listens_is_one_sentence(server: StubServer, command: tuple[str, ...]) -> None:
+    done = run(server, *command, "--port", "1")
+    assert (done.returncode, done.stderr) == (1, "baton: http://127.0.0.1:1 does not answer: Connection refused\n")
+
+
+@pytest.mark.parametrize("url", ["localhost:8000", "127.0.0.1", "http://", "http://localhost:http"])
+@pytest.mark.parametrize("command", [("chat", "hi"), ("status",), ("down",)])
+def test_what_is_no_url_is_told_so(server: StubServer, command: tuple[str, ...], url: str) -> None:
+    done = run(server, *command, "--url", url)
+    assert (done.returncode, done.stderr) == (1, f"baton: {url}: not a URL such as http://127.0.0.1:8000\n")
+
+
+@pytest.mark.parametrize("tail", ["/v1", "/v1/", "/"])
+def test_the_url_that_the_banner_prints_is_understood(server: StubServer, tail: str) -> None:
+    url = server.state["http_url"] + tail
+    assert run(server, "chat", "hi", "--url", url).stdout == "HI \n"
+    assert "decode-0" in run(server, "status", "--url", url).stdout
 
 
 def test_down_ends_the_server_and_says_so() -> None:
@@ -104,7 +118,7 @@ def test_down_ends_the_server_and_says_so() -> None:
         assert server.process.wait(5) == 0
         server.audit.assert_clean(0.0)
         again = run(server, "down")
-        assert (again.returncode, again.stdout) == (0, "No such server of yours is running.\n")
+        assert (again.returncode, again.stderr) == (1, "baton: no such server of yours is running\n")
         lost = run(server, "status")
         assert lost.returncode == 1
         assert "no server of yours is running" in lost.stderr
@@ -135,3 +149,29 @@ def test_down_removes_what_a_killed_server_left() -> None:
         done = run(server, "down")
         assert "Removed what server" in done.stdout
         server.audit.assert_clean(0.0)
+
+
+def test_workers_that_do_not_fit_are_refused_before_any_starts() -> None:
+    available = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
+    pool_bytes = int(available.split()[1]) * 1024 // 8
+    with StubServer("--kv-cache-bytes", str(pool_bytes)) as server:
+        server.wait_ready()
+        refused = run(server, "scale", "--decode", "100")
+        assert refused.returncode == 1
+        assert refused.stderr.startswith(f"baton: engine.kv_cache_bytes: 99 ranks would take {99 * pool_bytes} bytes;")
+        assert set(server.state["units"]) == {"router", "prefill-0", "decode-0"}
+
+
+def test_the_banner_prints_commands_that_work_as_typed(server: StubServer) -> None:
+    port = server.state["http_url"].rpartition(":")[2]
+    (advice,) = [line for line in server.stderr.splitlines() if line.startswith("  try")]
+    command = advice.split(", ")[1].split()
+    assert command[-3:] == ["status", "--port", port]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "BATON_RUNTIME_DIR": str(server.runtime_dir)},
+    )
+    assert "decode-0" in done.stdout

@@ -5,6 +5,7 @@ pydantic checks it because untrusted text enters here; processes get plain datac
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -209,5 +210,17 @@ def load_config(path: str | None = None, settings: dict[str, Any] | None = None)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            raise ConfigError(f"{where}: no such key{_similar(where)}") from error
         message = first["msg"].removeprefix("Value error, ")
         raise ConfigError(f"{where}: {message}" if where else message) from error
+
+
+def _similar(wrong: str) -> str:
+    """What may have been meant, as the end of a sentence."""
+    keys = list(Config.model_fields)
+    for name, field in Config.model_fields.items():
+        if isinstance(field.default, _Section):
+            keys += [f"{name}.{key}" for key in type(field.default).model_fields]
+    found = [key for key in keys if key.endswith(f".{wrong}")] or difflib.get_close_matches(wrong, keys, 1)
+    return f"; did you mean {found[0]}" if found else ""

@@ -156,3 +156,22 @@ def test_what_can_not_be_understood_is_status_2(arguments: list[str], capsys: py
         cli.main(arguments)
     assert ended.value.code == 2
     assert "usage: baton" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "usage", "advice"),
+    [
+        (["serve", "--prefil-tpp", "2"], "usage: baton serve ", "did you mean --prefill-tp?"),
+        (["chat", "--max-tokns=3"], "usage: baton chat ", "did you mean --max-tokens?"),
+        (["status", "--nonsense"], "usage: baton status ", "see `baton status --help`"),
+    ],
+)
+def test_an_unknown_flag_is_refused_by_its_own_command(
+    arguments: list[str], usage: str, advice: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith(usage)
+    assert said.endswith(f"{advice}\n")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from baton.config import Config, load_config
-from cluster import cli
+from cluster import cli, status
 
 _ROOT = Path(__file__).resolve().parent.parent.parent
 _VALUES: dict[str, tuple[str, Any]] = {
@@ -175,3 +175,10 @@ def test_an_unknown_flag_is_refused_by_its_own_command(
     said = capsys.readouterr().err
     assert said.startswith(usage)
     assert said.endswith(f"{advice}\n")
+
+
+def test_status_lists_workers_as_people_count() -> None:
+    names = ["decode-10", "decode-2", "prefill-0", "decode-0"]
+    shown = status.describe({"workers": [{"worker_id": name} for name in names]}, "http://127.0.0.1:8000")
+    rows = [line.split()[0] for line in shown.splitlines()[3:]]
+    assert rows == ["decode-0", "decode-2", "decode-10", "prefill-0"]

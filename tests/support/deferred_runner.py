@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from baton.request import AttemptId
 from engine.types import PENDING, Collected, Launched, Runner, Sampled, SampleSpec, StepHook, StepPlan
@@ -33,11 +33,16 @@ class DeferredRunner:
         self.plans.append(launched.plan)
         self._under_way.append(launched)
         self.max_under_way = max(self.max_under_way, len(self._under_way))
+        if hook is not None:
+            hook.step_begin(plan)
+            for layer in range(len(self._runner.layout.model.layers)):
+                hook.layer_done(layer, _Ready(self._under_way, launched))
+            hook.step_done()
         return launched
 
     def collect(self, launched: Launched) -> Collected:
         """See OverlappingRunner."""
-        assert self._under_way.popleft() is launched, "collected out of order"
+        assert self._under_way[0] is launched, "collected out of order"
         entries = []
         for entry in launched.plan.entries:
             if tuple(entry.token_ids) == (PENDING,):
@@ -45,6 +50,7 @@ class DeferredRunner:
                 entry = replace(entry, token_ids=(self._last[entry.attempt_id],))
             entries.append(entry)
         results: list[Sampled | None] = self._runner.run(StepPlan(launched.plan.step_id, entries))
+        self._under_way.popleft()
         self._last = {
             entry.attempt_id: result.token_id
             for entry, result in zip(entries, results, strict=True)
@@ -52,6 +58,18 @@ class DeferredRunner:
         }
         failed = [entry.attempt_id for entry in entries if entry.attempt_id == self._fail and entry.sample is not None]
         return Collected(results, failed)
+
+
+@dataclass(frozen=True, slots=True)
+class _Ready:
+    """Fires when the step has run."""
+
+    under_way: deque[Launched]
+    launched: Launched
+
+    def query(self) -> bool:
+        """See kvtransfer.api.Ready."""
+        return all(other is not self.launched for other in self.under_way)
 
 
 def is_fed(spec: SampleSpec) -> bool:

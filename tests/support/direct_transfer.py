@@ -16,6 +16,7 @@ from kvtransfer.api import (
     PeerRank,
     PeerWorker,
     Quiesced,
+    Ready,
     Received,
     Refused,
     ReserveRequested,
@@ -71,6 +72,7 @@ class DirectEndpoint:
         self.worker_id = worker_id
         self.runner = runner
         self.events: list[TransferEvent] = []
+        self._announced: deque[tuple[TransferId, int, int, Ready | None]] = deque()
         network.endpoints[worker_id] = self
 
     @property
@@ -83,9 +85,15 @@ class DirectEndpoint:
         event = ReserveRequested(request.transfer_id, self.worker_id, request.num_tokens, request.reserve_payload)
         self._send(request.transfer_id, lambda: destination.events.append(event))
 
-    def written(self, transfer_id: TransferId, layer: int, num_tokens: int, ready: object = None) -> None:
-        self.network.transfers[transfer_id].written[layer] = num_tokens
-        self._copy_if_possible(transfer_id)
+    def written(self, transfer_id: TransferId, layer: int, num_tokens: int, ready: Ready | None = None) -> None:
+        self._announced.append((transfer_id, layer, num_tokens, ready))
+        self._copy_what_is_ready()
+
+    def _copy_what_is_ready(self) -> None:
+        while self._announced and (self._announced[0][3] is None or self._announced[0][3].query()):
+            transfer_id, layer, num_tokens, _ = self._announced.popleft()
+            self.network.transfers[transfer_id].written[layer] = num_tokens
+            self._copy_if_possible(transfer_id)
 
     def finish(self, transfer_id: TransferId, manifest: bytes) -> None:
         destination = self.network.transfers[transfer_id].destination
@@ -122,6 +130,7 @@ class DirectEndpoint:
         self.network.messages.append(lambda: peer.events.append(Failed(transfer_id, reason)))
 
     def poll(self) -> list[TransferEvent]:
+        self._copy_what_is_ready()
         events, self.events = self.events, []
         return events
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import Any
+from typing import Any, ClassVar
 
 import hypothesis.strategies as st
 import pytest
@@ -15,9 +15,11 @@ from baton.kv_layout import KVGeometry
 from baton.prefix_hash import PrefixHasher
 from baton.request import AttemptId, GenerateRequest, RequestId, attempt_id
 from engine.engine import LocalEngine
+from engine.overlap import OverlappingEngine
 from engine.types import EngineConfig
-from kvtransfer.api import PeerRank, PeerWorker
+from kvtransfer.api import PeerRank, PeerWorker, TransferId
 from tests.support.audit import audit, audit_ledger
+from tests.support.deferred_runner import DeferredRunner
 from tests.support.direct_transfer import DirectEndpoint, Network
 from tests.support.sim_engine import VOCAB_SIZE, TpSimRunner, alone, prompt, request
 from worker import codec, sending
@@ -46,15 +48,17 @@ class FakeChannel:
 
 
 class Worker:
-    """A leader without processes around it."""
+    """A leader without processes around it. With `overlaps` its steps do, as on a GPU."""
 
-    def __init__(self, network: Network, name: str, clock: ManualClock, num_blocks: int, chunk: int) -> None:
+    def __init__(
+        self, network: Network, name: str, clock: ManualClock, num_blocks: int, chunk: int, overlaps: bool
+    ) -> None:
         self.name = name
         self.runner = TpSimRunner(num_blocks)
         self.endpoint = DirectEndpoint(network, name, self.runner)
         self.hook = TransferHook(self.endpoint)
         group = Group(None, "", 1, self.endpoint, self.hook)  # type: ignore[arg-type]
-        runner = GroupRunner(self.runner, group)
+        runner = GroupRunner(self.runner, group, DeferredRunner(self.runner) if overlaps else None)
         geometry: KVGeometry = self.runner.layout.geometry
         config = EngineConfig(
             block_size=geometry.block_size,
@@ -64,7 +68,11 @@ class Worker:
             vocab_size=VOCAB_SIZE,
         )
         hasher = PrefixHasher(b"secret", self.runner.layout.model.fingerprint)
-        self.engine = LocalEngine(config, runner, hasher, clock)
+        self.engine = (
+            OverlappingEngine(config, runner, hasher, clock, runner)
+            if overlaps
+            else LocalEngine(config, runner, hasher, clock)
+        )
         self.front = FakeChannel()
         self.leader = Leader(
             self.engine,
@@ -96,11 +104,15 @@ class Worker:
 class Pair:
     """A prefill and two decode workers, and a test that plays the router."""
 
-    def __init__(self, num_blocks: int = 64, decode_blocks: int = 64, chunk: int = 48) -> None:
+    def __init__(
+        self, num_blocks: int = 64, decode_blocks: int = 64, chunk: int = 48, *, overlaps: bool = False
+    ) -> None:
         self.clock = ManualClock()
         self.network = Network()
-        self.prefill = Worker(self.network, "prefill-0", self.clock, num_blocks, chunk)
-        self.decodes = [Worker(self.network, f"decode-{i}", self.clock, decode_blocks, chunk) for i in range(2)]
+        self.prefill = Worker(self.network, "prefill-0", self.clock, num_blocks, chunk, overlaps)
+        self.decodes = [
+            Worker(self.network, f"decode-{i}", self.clock, decode_blocks, chunk, overlaps) for i in range(2)
+        ]
         self.workers = [self.prefill, *self.decodes]
         self.tokens: dict[AttemptId, dict[int, int]] = defaultdict(dict)
         self.finished: dict[AttemptId, str] = {}
@@ -161,9 +173,9 @@ class Pair:
             worker.runner.close()
 
 
-@pytest.fixture
-def pair() -> Any:
-    pair = Pair()
+@pytest.fixture(params=[False, True], ids=["one by one", "overlapping"])
+def pair(request: Any) -> Any:
+    pair = Pair(overlaps=request.param)
     yield pair
     pair.close()
 
@@ -219,6 +231,26 @@ def test_a_refused_request_keeps_its_kv_and_goes_to_another_worker() -> None:
     pair.close()
 
 
+def test_kv_of_earlier_steps_is_announced_with_the_event_of_the_last_one() -> None:
+    """A redirect may come while the step that writes is under way."""
+
+    class Fired:
+        def query(self) -> bool:
+            return True
+
+    class Endpoint:
+        calls: ClassVar[list[tuple[Any, ...]]] = []
+
+        def written(self, *announced: Any) -> None:
+            self.calls.append(announced)
+
+    endpoint, ready = Endpoint(), Fired()
+    hook = TransferHook(endpoint)  # type: ignore[arg-type]
+    hook.layer_done(0, ready)
+    Group(None, "", 1, endpoint, hook).written(TransferId(b"x"), 2, 32)  # type: ignore[arg-type]
+    assert endpoint.calls == [(b"x", 0, 32, ready), (b"x", 1, 32, ready)]
+
+
 def test_parked_kv_is_given_up_when_no_router_asks_for_it() -> None:
     pair = Pair(decode_blocks=33)
     big, second = request("big", prompt(2, 400), max_tokens=100), request("x", prompt(3, 300), max_tokens=5)
@@ -267,9 +299,11 @@ def test_every_send_state_reaches_its_end() -> None:
 class HandOver(RuleBasedStateMachine):
     """Random starts, aborts, broken links, redirects and orders of delivery; then everything must come to rest."""
 
-    @initialize(decode_blocks=st.sampled_from([33, 40, 64]), chunk=st.sampled_from([16, 48, 500]))
-    def make(self, decode_blocks: int, chunk: int) -> None:
-        self.pair = Pair(decode_blocks=decode_blocks, chunk=chunk)
+    @initialize(
+        decode_blocks=st.sampled_from([33, 40, 64]), chunk=st.sampled_from([16, 48, 500]), overlaps=st.booleans()
+    )
+    def make(self, decode_blocks: int, chunk: int, overlaps: bool) -> None:
+        self.pair = Pair(decode_blocks=decode_blocks, chunk=chunk, overlaps=overlaps)
         self.requests: dict[AttemptId, GenerateRequest] = {}
         self.aborted: set[AttemptId] = set()
 

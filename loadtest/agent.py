@@ -133,7 +133,7 @@ async def _main(link: ParentLink, first: dict[str, Any]) -> None:
 def main() -> None:
     """Obey until the parent closes stdin."""
     link = ParentLink()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C may reach whole groups; the parent decides
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     first = link.read()
     if first is None:

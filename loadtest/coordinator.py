@@ -68,6 +68,7 @@ class LocalLink:
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             limit=_MAX_LINE_BYTES,
+            process_group=0,  # Ctrl-C is for the parent, which ends its agents; one that still starts would be torn
         )
         return LocalLink(process, name)
 

@@ -166,7 +166,13 @@ def check_writable(path: Path) -> None:
         raise ResultError(f"{path}: there is no directory {path.parent}")
     if path.is_dir():
         raise ResultError(f"{path}: is a directory")
-    if not os.access(path.parent, os.W_OK | os.X_OK) or (path.exists() and not os.access(path, os.W_OK)):
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.touch()
+        temporary.unlink()
+    except OSError as error:
+        raise ResultError(f"{path}: can not be written: {error.strerror}") from error
+    if path.exists() and not os.access(path, os.W_OK):
         raise ResultError(f"{path}: can not be written")
 
 

@@ -132,7 +132,7 @@ class Workload:
         elif self.concurrency is not None:
             raise WorkloadError("concurrency belongs to a closed loop; an open one has a rate")
         elif self.rate is None and self.arrivals != "trace":
-            raise WorkloadError(f"{self.arrivals} arrivals need a rate")
+            raise WorkloadError(f"{self.arrivals} arrivals need a rate (--rate)")
         if self.rate is not None and not 0 < self.rate < 1e6:
             raise WorkloadError(f"rate {self.rate}: must be above 0")
         if self.arrivals == "trace" and kind not in ("azure", "mooncake"):

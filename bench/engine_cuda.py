@@ -25,7 +25,7 @@ from typing import Any, Final
 
 from bench import engine_arms
 from bench.engine_arms import Arm, ArmFailed, ArmSpec
-from bench.engine_shapes import Shape
+from bench.engine_shapes import BF16_BYTES, Shape
 
 SHAPES: Final = {
     shape.name: shape
@@ -83,9 +83,14 @@ class Roofs:
     bytes_per_s: float
 
     def serial_s(self, shape: Shape, row: Row, max_batch: int) -> float:
-        """The least time of a row if prompts and decodes take turns."""
-        compute_s, read_s = self._parts(shape, row, max_batch)
-        return compute_s + read_s
+        """The least time of a row if prompts and decodes, and in these products and attention, take turns."""
+        num_steps, batch, context = _decodes(row, max_batch)
+        prompts_s = 0.0 if row.steps else row.num_seqs * shape.prefill_flops(row.num_prompt) / self.flops_per_s
+        products_s = max(
+            shape.num_params * BF16_BYTES / self.bytes_per_s, batch * 2 * shape.num_params / self.flops_per_s
+        )
+        attention_s = batch * context * shape.kv_bytes_per_token / self.bytes_per_s
+        return prompts_s + num_steps * (products_s + attention_s)
 
     def overlapped_s(self, shape: Shape, row: Row, max_batch: int) -> float:
         """The least time if operations and bytes are perfectly beside each other."""
@@ -94,14 +99,6 @@ class Roofs:
         flops = prompts + num_steps * shape.decode_flops(batch, context)
         read = num_steps * shape.decode_bytes(batch, context)
         return max(flops / self.flops_per_s, read / self.bytes_per_s)
-
-    def _parts(self, shape: Shape, row: Row, max_batch: int) -> tuple[float, float]:
-        num_steps, batch, context = _decodes(row, max_batch)
-        prompts_s = 0.0 if row.steps else row.num_seqs * shape.prefill_flops(row.num_prompt) / self.flops_per_s
-        step_s = max(
-            shape.decode_bytes(batch, context) / self.bytes_per_s, shape.decode_flops(batch, context) / self.flops_per_s
-        )
-        return prompts_s, num_steps * step_s
 
 
 def _decodes(row: Row, max_batch: int) -> tuple[float, int, float]:

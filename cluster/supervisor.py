@@ -237,6 +237,9 @@ class Supervisor:
         policy = RestartPolicy()
         while True:
             how, uptime_s = await self._run_once(name, start)
+            if name in self._drained:  # it was to leave, and has
+                self._drained[name].set()
+                return
             self._has_lost_unit.set()
             self._facts[name].had_failure = True
             delay_s = policy.after_failure(time.monotonic(), uptime_s)

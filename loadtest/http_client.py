@@ -24,6 +24,9 @@ _MAX_IDLE_S: Final = 2.0
 """Servers close idle connections (uvicorn after 5 s). One that may be closed at the moment of use is not used: a
 request that is lost so would have to be sent again, and nothing is ever sent again here."""
 _MAX_LINE_BYTES: Final = 16 * 2**20
+_MAX_HEAD_BYTES: Final = 256 * 2**10
+_MAX_TOKENS: Final = 2**22
+"""More than any context: a server that reports so many tokens of one request is wrong."""
 _MAX_ERROR_BYTES: Final = 4096
 
 
@@ -155,7 +158,7 @@ class _Exchange:
 
     def head(self, status: int, content_type: bytes) -> None:
         self._status = status
-        self._is_stream = content_type.startswith(b"text/event-stream")
+        self._is_stream = content_type.lower().startswith(b"text/event-stream")
 
     def body(self, data: bytes, now: float) -> None:
         if self._status != 200 or not self._is_stream:
@@ -194,7 +197,10 @@ class _Exchange:
             self._finish()
 
     def connection_lost(self, reason: str) -> None:
-        """The server closed it before the response was complete."""
+        """The server closed it: the end of a response without a length, or before the response was complete."""
+        if self._is_done and not self.ended.done():
+            self.end(is_reusable=False)
+            return
         self.lost("truncated" if self._status == 200 else "reset", reason)
 
     def _finish(self) -> None:
@@ -207,14 +213,14 @@ class _Exchange:
             return
         try:
             event = json.loads(data)
-            if self._is_error_event or "error" in event:
+            if self._is_error_event or event.get("error"):
                 self._outcome.fail("stream_error", _message(data))
                 return
             for choice in event["choices"]:
                 self._choice(choice, event.get("usage"), now)
             if event.get("usage"):
                 self._usage(event["usage"])
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except (ValueError, OverflowError, KeyError, TypeError, AttributeError, RecursionError):
             self._outcome.fail("bad_response", f"not a completion chunk: {_message(data)}")
 
     def _choice(self, choice: Mapping[str, Any], usage: Mapping[str, Any] | None, now: float) -> None:
@@ -223,7 +229,7 @@ class _Exchange:
         if token_ids is not None:
             count = len(token_ids)
         elif usage:
-            count = int(usage.get("completion_tokens") or 0) - self._num_tokens
+            count = _count(usage, "completion_tokens") - self._num_tokens
         else:
             delta = choice.get("delta")
             if delta is None:
@@ -237,10 +243,9 @@ class _Exchange:
             self._outcome.finish_reason = str(choice["finish_reason"])
 
     def _usage(self, usage: Mapping[str, Any]) -> None:
-        self._num_reported = int(usage.get("completion_tokens") or 0)
-        self._outcome.num_prompt_tokens = int(usage.get("prompt_tokens") or 0)
-        details = usage.get("prompt_tokens_details") or {}
-        self._outcome.num_cached_tokens = int(details.get("cached_tokens") or 0)
+        self._num_reported = _count(usage, "completion_tokens")
+        self._outcome.num_prompt_tokens = _count(usage, "prompt_tokens")
+        self._outcome.num_cached_tokens = _count(usage.get("prompt_tokens_details") or {}, "cached_tokens")
 
 
 class _Connection(asyncio.Protocol):
@@ -254,6 +259,8 @@ class _Connection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._parser: Any = None
         self._content_type = b""
+        self._head_bytes = 0
+        self._has_head = False
         self._now = 0.0
 
     @property
@@ -265,7 +272,7 @@ class _Connection(asyncio.Protocol):
         assert self._transport is not None
         self.exchange = exchange
         self._parser = httptools.HttpResponseParser(self)
-        self._content_type = b""
+        self._content_type, self._head_bytes, self._has_head = b"", 0, False
         self._transport.write(prepared)
 
     def abort(self) -> None:
@@ -283,9 +290,14 @@ class _Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._now = time.monotonic()
-        if self.exchange is None:  # an answer that nobody asked for
-            self.abort()
+        if self.exchange is None or self.exchange.ended.done():  # an answer that nobody asked for
+            self._transport.abort()  # type: ignore[union-attr]
             return
+        if not self._has_head:
+            self._head_bytes += len(data)
+            if self._head_bytes > _MAX_HEAD_BYTES:
+                self.exchange.lost("bad_response", "a head without end")
+                return
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError as error:
@@ -307,16 +319,32 @@ class _Connection(asyncio.Protocol):
             self._content_type = value
 
     def on_headers_complete(self) -> None:
-        if self.exchange is not None:
-            self.exchange.head(self._parser.get_status_code(), self._content_type)
+        if self.exchange is None or self.exchange.ended.done():
+            return
+        status = self._parser.get_status_code()
+        if status >= 200:  # others come before the answer
+            self._has_head = True
+            self.exchange.head(status, self._content_type)
 
     def on_body(self, data: bytes) -> None:
-        if self.exchange is not None:
+        if self.exchange is not None and not self.exchange.ended.done():
             self.exchange.body(data, self._now)
 
     def on_message_complete(self) -> None:
-        if self.exchange is not None:
+        if self.exchange is not None and self._has_head and not self.exchange.ended.done():
             self.exchange.end(self._parser.should_keep_alive())
+
+
+def _count(usage: Mapping[str, Any], name: str) -> int:
+    """A number of tokens that a server reports.
+
+    Raises:
+        ValueError: it is none that a request could have.
+    """
+    count = int(usage.get(name) or 0)
+    if not 0 <= count <= _MAX_TOKENS:
+        raise ValueError(f"{name} {count}")
+    return count
 
 
 def _message(data: bytes) -> str:

@@ -93,7 +93,7 @@ async def search(
     for level in sorted(levels):
         while min(known.values()) >= level and max(known) < first_rate * _HIGHEST:
             await probe(max(known) * 2)
-        while max(known.values()) < level and min(known) > first_rate * _LOWEST:
+        while bracket(known, level)[0] is None and min(known) > first_rate * _LOWEST:
             await probe(min(known) / 2)
         low, high = bracket(known, level)
         while low is not None and high is not None and high > low * (1 + tolerance):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -47,3 +49,18 @@ def test_workers_join_and_leave_under_load() -> None:
             "baton: no worker would decode: --decode or --mixed must be at least 1\n",
         )
         assert scale(system, "--decode", "1").stdout == "nothing to do\n"
+
+
+def test_a_worker_that_dies_while_it_leaves_is_not_started_again() -> None:
+    with serve(*SIM, "--decode", "2") as system, ThreadPoolExecutor(8) as pool:
+        expected = generate(system, [5, 6, 7], NUM_TOKENS)
+        asked = [pool.submit(generate, system, [5, 6, 7], NUM_TOKENS) for _ in range(6)]
+        eventually(lambda: any(system.worker("decode-1")["sequences"].values()), "decode-1 has something to do")
+        pid = system.state_now()["units"]["decode-1"]["pids"]["front"]
+        leaving = pool.submit(scale, system, "--decode", "1")
+        eventually(lambda: system.worker("decode-1")["draining"], "decode-1 is leaving")
+        os.kill(pid, signal.SIGKILL)
+        assert leaving.result().stdout == "decode-1 left\n"
+        assert [task.result() for task in asked] == [expected] * 6
+        assert set(system.state_now()["units"]) == {"router", "prefill-0", "decode-0"}
+        assert "starting it again" not in system.log

@@ -165,6 +165,15 @@ def test_a_level_that_no_rate_reaches_has_no_goodput() -> None:
     assert at_90["between"][1] is None
 
 
+def test_an_unlucky_first_rate_does_not_hide_lower_ones_that_reach_the_level() -> None:
+    async def noisy(rate: float) -> float:
+        return {1.0: 0.98, 2.0: 0.995}.get(rate, 1.0 if rate < 4 else 0.0)
+
+    _, at_99 = asyncio.run(search(noisy, LEVELS, 1.0, 0.05))
+    assert at_99["between"][0] is not None
+    assert 0.5 <= at_99["rate"] <= 1.0
+
+
 def a_load(rate: float, delay: float = 0.0) -> Load:
     outcomes = [outcome(n, n / rate, [n / rate + 0.1 + delay, n / rate + 0.15 + delay]) for n in range(50)]
     requests = [LoadRequest(n, n / rate, 10, 2) for n in range(50)]

@@ -6,7 +6,7 @@
 `baton serve --launcher local --prefill 1 --decode 1` with random weights (load_format dummy), one core per worker; one
 request at a time, prompts of random token ids, no prefix cache. Prompt lengths take turns. After each request its
 timeline (`baton trace`) is read and the same bytes are copied here, scattered blocks to scattered blocks as the
-transfer's, for a bare copy of the same moment.
+transfer's, for a bare copy of the same moment. `--transports cuda_ipc` has both workers, and the bare copy, on the first GPU.
 
     exposed    decode side runnable - first token sampled, at least 0; target: at most 3 % of TTFT
     hand-over  gap between tokens 1 and 2 at the router, minus the request's median gap (one decode step), at least 0;
@@ -37,12 +37,15 @@ from urllib.parse import urlsplit
 import numpy as np
 from tokenizers import Tokenizer, models
 
-from bench.engine_shapes import SHAPES, Shape
+from bench import engine_cuda, engine_shapes
+from bench.engine_shapes import Shape
 
 _START_S: Final = 180.0
 _REQUEST_S: Final = 120.0
 _TRACE_S: Final = 5.0
 _COPIES: Final = 3
+CUDA_IPC: Final = "cuda_ipc"
+SHAPES: Final = {**engine_cuda.SHAPES, **engine_shapes.SHAPES}
 EXPOSED_SHARE: Final = 0.03
 COPIES: Final = 2.0
 MIN_TARGET_TOKENS: Final = 512
@@ -124,6 +127,8 @@ def serving(shape: Shape, arguments: argparse.Namespace, transport: str) -> Iter
             "engine.max_num_batched_tokens": arguments.max_num_batched_tokens,
             "transfer.transports": f"[{transport}]",
         }
+        if transport == CUDA_IPC:
+            settings |= {"engine.device": "cuda", "engine.kv_cache_bytes": arguments.kv_cache_bytes}
         for key, value in settings.items():
             command += ["--set", f"{key}={value}"]
         with open(Path(scratch, "log"), "wb+") as log:
@@ -181,10 +186,41 @@ class BareCopy:
         return statistics.median(times) * 1e3
 
 
+class BareDeviceCopy:
+    """The same on a GPU: one gather and one scatter per layer. The median of a few, by events."""
+
+    def __init__(self, shape: Shape, block_size: int, max_tokens: int) -> None:
+        import torch
+
+        self._block_size = block_size
+        block_bytes = shape.kv_bytes_per_token // shape.num_layers * block_size
+        size = (shape.num_layers, -(-max_tokens // block_size), block_bytes)
+        self._source, self._destination = (torch.ones(size, dtype=torch.uint8, device="cuda") for _ in range(2))
+
+    def run_ms(self, num_tokens: int, rng: random.Random) -> float:
+        """As `BareCopy.run_ms`."""
+        import torch
+
+        num_blocks, times = -(-num_tokens // self._block_size), []
+        for _ in range(_COPIES):
+            source, destination = (
+                torch.tensor(rng.sample(range(self._source.shape[1]), num_blocks), device="cuda") for _ in range(2)
+            )
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            for to, fro in zip(self._destination, self._source, strict=True):
+                to.index_copy_(0, destination, fro[source])
+            end.record()
+            end.synchronize()
+            times.append(begin.elapsed_time(end))
+        return statistics.median(times)
+
+
 def measure(shape: Shape, arguments: argparse.Namespace, transport: str) -> list[Sample]:
     """All requests of one transport."""
     rng = random.Random(0)
-    bare = BareCopy(shape, arguments.block_size, max(arguments.tokens))
+    kind = BareDeviceCopy if transport == CUDA_IPC else BareCopy
+    bare = kind(shape, arguments.block_size, max(arguments.tokens))
     samples = []
     with serving(shape, arguments, transport) as server:
         for number in range(arguments.warm_up + arguments.requests):
@@ -262,7 +298,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=16, help="decode steps after token 2, for the median step")
     parser.add_argument("--block-size", type=int, default=16)
     parser.add_argument("--max-num-batched-tokens", type=int, default=512, help="a prefill chunk")
-    parser.add_argument("--transports", nargs="+", default=["shm"], choices=["shm", "tcp"])
+    parser.add_argument("--transports", nargs="+", default=["shm"], choices=["shm", "tcp", CUDA_IPC])
+    parser.add_argument("--kv-cache-bytes", type=int, default=8 << 30, help="of each worker on a GPU")
     parser.add_argument("--json", type=Path, help="write every request here")
     parser.add_argument("--check", action="store_true", help="exit 1 where a target is missed")
     arguments = parser.parse_args()

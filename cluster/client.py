@@ -140,7 +140,7 @@ def wanted_url(arguments: argparse.Namespace) -> str | None:
 
 def is_at(server: Server, url: str) -> bool:
     """Whether a server of this machine listens there, whatever loopback is called."""
-    return server.url is not None and _port(server.url) == _port(url)
+    return _port(url) in map(_port, server.urls)
 
 
 def choose(servers: list[Server]) -> Server:

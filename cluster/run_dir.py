@@ -119,6 +119,13 @@ class Server:
         return url if isinstance(url, str) else None
 
     @property
+    def urls(self) -> list[str]:
+        """Of all its routers, as far as they listen."""
+        routers = self.state.get("routers")
+        found = [pair[0] for pair in routers.values()] if isinstance(routers, dict) else []
+        return [url for url in dict.fromkeys([self.url, *found]) if isinstance(url, str)]
+
+    @property
     def token(self) -> str:
         """Authorizes internal requests to the router."""
         return str(self.state.get("token", ""))

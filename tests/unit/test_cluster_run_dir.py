@@ -86,3 +86,10 @@ def test_logs_of_the_last_five_failures_are_kept(base: Path) -> None:
 def test_a_longest_worker_directory_leaves_room_for_a_socket_name(monkeypatch: pytest.MonkeyPatch) -> None:
     run = run_dir.RunDir(Path("/" + "x" * 31) / "0123abcd")
     assert len(str(run.path / run_dir.worker_dir("prefill-1023", "0123456789abcdef"))) <= 107 - 40
+
+
+def test_a_server_is_known_by_every_router(tmp_path: Path) -> None:
+    urls = {"router": "http://127.0.0.1:8000", "router-1": "http://127.0.0.1:8001", "router-2": None}
+    state = {"http_url": urls["router"], "routers": {name: [url, ""] for name, url in urls.items()}}
+    server = run_dir.Server(run_dir.RunDir(tmp_path), process_tree.ProcessId(os.getpid(), 0), None, state)
+    assert server.urls == ["http://127.0.0.1:8000", "http://127.0.0.1:8001"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class StepTensors:
-    """Views on the device, int32 but for `keys` and `temperatures`. Padding has position and start -1."""
+    """Views on the device, int32 where nothing else is said. Padding has position and start -1."""
 
     tokens: Tensor  # [num_tokens]
     sources: Tensor  # [num_tokens]: the row of the last step whose token this is; -1: `tokens` says it
@@ -47,6 +48,9 @@ class StepTensors:
     rows: Tensor  # [num_rows]: tokens whose successor is sampled
     keys: Tensor  # [num_rows] int64: streams of noise
     temperatures: Tensor  # [num_rows] float64
+    log_min_p: Tensor  # [num_rows] float64
+    top_p: Tensor  # [num_rows] float64
+    top_k: Tensor  # [num_rows]
     tile_seqs: Tensor  # [num_tiles]
     tile_begin: Tensor  # [num_tiles]
     tables: Tensor
@@ -54,6 +58,7 @@ class StepTensors:
 
 _PER_TOKEN: Final = ("tokens", "sources", "positions", "token_seqs")
 _PER_SEQ: Final = ("starts", "num_new", "first_rows", "table_begin")
+_WIDE: Final = ("keys", "temperatures", "log_min_p", "top_p")  # per row, 8 bytes each
 
 
 class InputBuffer:
@@ -69,11 +74,11 @@ class InputBuffer:
         end = 0
         # what has 8 bytes comes first: it must lie on a multiple of 8
         for name, count in (
-            ("keys", 2 * capacity.num_rows),
-            ("temperatures", 2 * capacity.num_rows),
+            *((name, 2 * capacity.num_rows) for name in _WIDE),
             *((name, capacity.num_tokens) for name in _PER_TOKEN),
             *((name, capacity.num_seqs) for name in _PER_SEQ),
             ("rows", capacity.num_rows),
+            ("top_k", capacity.num_rows),
             ("tile_seqs", capacity.num_tiles),
             ("tile_begin", capacity.num_tiles),
             ("tables", num_table_ints),
@@ -95,8 +100,9 @@ class InputBuffer:
             **{name: view(name, shape.num_tokens) for name in _PER_TOKEN},
             **{name: view(name, shape.num_seqs) for name in _PER_SEQ},
             rows=view("rows", shape.num_rows),
+            top_k=view("top_k", shape.num_rows),
             keys=view("keys", 2 * shape.num_rows).view(torch.int64),
-            temperatures=view("temperatures", 2 * shape.num_rows).view(torch.float64),
+            **{name: view(name, 2 * shape.num_rows).view(torch.float64) for name in _WIDE[1:]},
             tile_seqs=view("tile_seqs", shape.num_tiles),
             tile_begin=view("tile_begin", shape.num_tiles),
             tables=view("tables", self.num_table_ints),
@@ -197,17 +203,23 @@ class _HostView:
         num_rows = self._shape.num_rows
         rows = self._field("rows", num_rows)
         keys = self._field("keys", 2 * num_rows).view(np.int64)
-        temperatures = self._field("temperatures", 2 * num_rows).view(np.float64)
+        temperatures, log_min_p, top_p = (self._field(name, 2 * num_rows).view(np.float64) for name in _WIDE[1:])
+        top_k = self._field("top_k", num_rows)
         rows[:], keys[:], temperatures[:] = 0, 0, 0.0
+        log_min_p[:], top_p[:], top_k[:] = -math.inf, 1.0, 0
         row = 0
         for entry, end in zip(entries, ends.tolist(), strict=True):
             spec = entry.sample
             if spec is None:
                 continue
             rows[row] = end - 1
-            if spec.params.temperature > 0:
-                temperatures[row] = spec.params.temperature
-                keys[row] = noise_key(spec.params.seed, spec.params.sample_index, spec.position)
+            params = spec.params
+            if params.temperature > 0:
+                temperatures[row] = params.temperature
+                keys[row] = noise_key(params.seed, params.sample_index, spec.position)
+                if params.min_p > 0:
+                    log_min_p[row] = math.log(params.min_p)
+                top_p[row], top_k[row] = params.top_p, max(0, params.top_k)
             row += 1
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from baton.request import AttemptId
 from engine.cuda.buckets import bucket_for, buckets
+from engine.cuda.cuts import cut
 from engine.cuda.decoder import FusedDecoder, Step
 from engine.cuda.device import Device, Event, Graph
 from engine.cuda.inputs import InputBuffer, Shape, Tables
@@ -30,15 +31,20 @@ _NUM_RESULTS: Final = 3  # two steps under way and one that is being read
 
 
 def is_chosen_on_device(spec: SampleSpec) -> bool:
-    """Greedy, or temperature alone. Cuts (top_k, top_p, min_p), penalties, biases, bans and logprobs are the host's."""
+    """Greedy, or a draw, cut or not. Penalties, biases, bans and logprobs are the host's."""
     params = spec.params
     return (
         params.num_logprobs is None
         and not spec.banned_token_ids
         and not params.logit_bias
         and (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) == (1, 0, 0)
-        and (params.temperature == 0 or (params.top_k <= 0 and params.top_p >= 1 and params.min_p <= 0))
     )
+
+
+def is_cut(spec: SampleSpec) -> bool:
+    """Does min_p, top_k or top_p exclude tokens? Such a step runs without a graph, because it sorts."""
+    params = spec.params
+    return params.temperature > 0 and (params.top_k > 0 or params.top_p < 1 or params.min_p > 0)
 
 
 @dataclass(slots=True)
@@ -118,11 +124,12 @@ class CudaSteps:
         logits: list[Tensor | None] = []
         size = bucket_for(len(entries), self._graph_sizes)
         num_table_ints = sum(len(entry.block_table) for entry in entries)
-        is_decode = len(specs) == plan.num_tokens == len(entries) and (is_fed or not self._is_leader)
+        has_cuts = is_fed and any(is_cut(spec) for spec in specs)
+        is_decode = not has_cuts and len(specs) == plan.num_tokens == len(entries) and (is_fed or not self._is_leader)
         if size is not None and is_decode and num_table_ints <= self._decode_inputs.num_table_ints:
             self._replay(entries, size, sources, hook)
         else:
-            self._compute(entries, len(specs), sources, hook, is_fed, logits)
+            self._compute(entries, len(specs), sources, hook, is_fed, logits, has_cuts=has_cuts)
         if hook is not None:
             hook.step_done()
         results = self._read_later(len(specs)) if is_fed and specs else None
@@ -167,13 +174,15 @@ class CudaSteps:
             for layer in range(self._decoder.num_layers):
                 hook.layer_done(layer, ready)
 
-    def _step(self, step: Step, kv_written: Callable[[int], None]) -> None:
+    def _step(self, step: Step, kv_written: Callable[[int], None], *, has_cuts: bool = False) -> None:
         """Queue a step whose tokens the device chooses."""
         with torch.inference_mode():
             logits = self._decoder.compute(step, self._chosen, kv_written)
             if logits is not None:
                 rows = len(logits)
                 given = step.tensors
+                if has_cuts:
+                    logits = cut(logits, given.temperatures, given.log_min_p, given.top_p, given.top_k)
                 choose_tokens(logits, given.keys, given.temperatures, self._chosen[:rows], self._highest[:rows])
 
     def _compute(
@@ -184,6 +193,8 @@ class CudaSteps:
         hook: StepHook | None,
         is_fed: bool,
         logits: list[Tensor | None],
+        *,
+        has_cuts: bool,
     ) -> None:
         """Queue a step of any kind, without a graph. Where the host samples, `logits` gets what it samples from."""
         num_decodes = sum(len(entry.token_ids) == 1 for entry in entries)
@@ -205,7 +216,7 @@ class CudaSteps:
 
         def work() -> None:
             if is_fed:
-                self._step(step, kv_written)
+                self._step(step, kv_written, has_cuts=has_cuts)
             else:
                 with torch.inference_mode():
                     logits.append(self._decoder.compute(step, self._chosen, kv_written))

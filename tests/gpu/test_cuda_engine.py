@@ -37,6 +37,7 @@ def requests(vocab_size: int, num_requests: int = 40) -> list[GenerateRequest]:
             ignore_eos=True,
             temperature=0.0 if index % 3 else 0.8,
             top_p=0.9 if index % 9 == 0 else 1.0,
+            presence_penalty=0.5 if index % 11 == 0 else 0.0,
             seed=index,
         )
         found.append(GenerateRequest(AttemptId(f"{index}/1"), tuple(prompt), len(prompt), params))

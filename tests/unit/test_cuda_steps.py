@@ -17,6 +17,7 @@ from baton.prefix_hash import PrefixHasher
 from baton.request import AttemptId, GenerateRequest, SamplingParams
 from engine.comm import SingleComm
 from engine.cuda.buckets import bucket_for, buckets, num_splits
+from engine.cuda.cuts import cut
 from engine.cuda.decoder import FusedDecoder
 from engine.cuda.device import CudaUnavailable
 from engine.cuda.inputs import InputBuffer, Shape, Tables
@@ -27,6 +28,7 @@ from engine.model_config import read_model_config
 from engine.models.decoder import optional_tensors, tensor_shapes
 from engine.native import NativeRunner
 from engine.overlap import OverlappingEngine
+from engine.sampler import _threshold
 from engine.types import PENDING, BatchEntry, EngineConfig, SampleSpec, StepPlan
 from engine.weights import Checkpoint
 from tests.support.audit import audit
@@ -124,7 +126,8 @@ def test_only_what_needs_nothing_of_the_host_is_chosen_on_the_device() -> None:
 
     assert is_on_device(temperature=0.0, top_k=3)  # greedy: a cut changes nothing
     assert is_on_device(temperature=0.7)
-    for params in ({"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.1}, {"num_logprobs": 0}, {"presence_penalty": 0.1}):
+    assert is_on_device(temperature=0.7, top_p=0.9)
+    for params in ({"num_logprobs": 0}, {"presence_penalty": 0.1}, {"repetition_penalty": 1.2}):
         assert not is_on_device(temperature=0.7, **params)
     assert not is_on_device(temperature=0.0, logit_bias={1: 1.0})
     assert not is_on_device(temperature=0.0, banned=(1,))
@@ -151,6 +154,36 @@ def test_a_runner_on_a_device_runs_single_steps_too(tmp_path: Path) -> None:
         runner.run(StepPlan(1, [outside]))
     runner.close()
     reference.close()
+
+
+def test_cuts_keep_the_tokens_that_the_sampler_keeps() -> None:
+    torch.manual_seed(0)
+    cuts = [
+        (1.0, 0, 1.0, 0.0),
+        (0.7, 5, 1.0, 0.0),
+        (1.3, 0, 0.6, 0.0),
+        (1.0, 0, 1.0, 0.05),
+        (0.9, 40, 0.8, 0.02),
+        (0, 3, 0.5, 0),
+    ]
+    specs = [
+        SampleSpec(SamplingParams(temperature=temperature, top_k=k, top_p=p, min_p=min_p, seed=seed), 9)
+        for seed in range(7)
+        for temperature, k, p, min_p in cuts
+    ]
+    logits = torch.randn(len(specs), VOCAB_SIZE) * 3
+    logits[:, 10] = logits[:, 20]  # equals are kept or cut together
+    device, shape = FakeDevice(), Shape(len(specs), len(specs), len(specs))
+    buffer = InputBuffer(device, shape, 64)
+    entries = [BatchEntry(AttemptId(str(row)), 8, [1], [0], spec) for row, spec in enumerate(specs)]
+    buffer.load(entries, shape, Tables(64, 100), [-1] * len(specs))
+    device.record().wait()
+    given = buffer.tensors(shape)
+    left = cut(logits, given.temperatures, given.log_min_p, given.top_p, given.top_k)
+    for row, spec in enumerate(specs):
+        scaled = logits[row].double() / (spec.params.temperature or 1.0)
+        threshold = _threshold(scaled, spec.params) if spec.params.temperature else -torch.inf
+        assert torch.equal(left[row], torch.where(scaled >= threshold, logits[row], -torch.inf))
 
 
 class Overlapped:
@@ -205,7 +238,7 @@ def test_an_overlapped_engine_on_graphs_gives_the_references_tokens(tmp_path: Pa
     requests = [
         asked("a", 1, 40, max_tokens=9),
         asked("b", 2, 3, max_tokens=5, temperature=0.8, seed=5),
-        asked("c", 1, 37, max_tokens=4),
+        asked("c", 1, 37, max_tokens=4, presence_penalty=0.5),
         asked("d", 4, 17, max_tokens=2, temperature=0.9, top_p=0.8, seed=6),
     ]
     parts.steps.capture_all()

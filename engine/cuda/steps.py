@@ -25,7 +25,7 @@ from engine.cuda.device import Device, Event, Graph
 from engine.cuda.inputs import InputBuffer, Shape, Tables
 from engine.cuda.kernels.sampling import choose_tokens
 from engine.sampler import sample
-from engine.types import BatchEntry, Collected, Launched, Sampled, SampleSpec, StepHook, StepPlan
+from engine.types import PENDING, BatchEntry, Collected, Launched, Sampled, SampleSpec, StepHook, StepPlan
 
 _NUM_RESULTS: Final = 3  # two steps under way and one that is being read
 
@@ -119,6 +119,9 @@ class CudaSteps:
             self._is_leader and len(specs) <= len(self._chosen) and all(is_chosen_on_device(spec) for spec in specs)
         )
         sources = [self._row_of.get(entry.attempt_id, -1) for entry in entries]
+        for entry, source in zip(entries, sources, strict=True):
+            if source < 0 and PENDING in entry.token_ids:
+                raise ValueError(f"{entry.attempt_id} has a token that the last step did not choose")
         if hook is not None:
             hook.step_begin(plan)
         logits: list[Tensor | None] = []
@@ -224,7 +227,7 @@ class CudaSteps:
         self._device.run(work)
 
     def _inputs_for(self, shape: Shape, num_table_ints: int) -> InputBuffer:
-        """A buffer that is large enough. One that is replaced may still be in use: its memory is freed in order."""
+        """A buffer that is large enough; making one waits for the device."""
         have = self._mixed_inputs
         wanted = (shape.num_tokens, shape.num_seqs, shape.num_rows, shape.num_tiles, num_table_ints)
         capacity = have.capacity

@@ -152,6 +152,8 @@ def test_a_runner_on_a_device_runs_single_steps_too(tmp_path: Path) -> None:
     outside = BatchEntry(AttemptId("a"), 0, [3], [6], SampleSpec(GREEDY, 1))
     with pytest.raises(ValueError, match="names a block outside"):
         runner.run(StepPlan(1, [outside]))
+    with pytest.raises(ValueError, match="did not choose"):
+        runner.launch(StepPlan(2, [entry("b", 3, [PENDING], [1], GREEDY)]))
     runner.close()
     reference.close()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib.util
 import mmap
 import os
@@ -269,7 +270,11 @@ def warm_up(transport: str) -> None:
 
 def num_open_fds() -> int:
     """File descriptors of this process."""
-    return len(os.listdir("/proc/self/fd"))
+    count = len(os.listdir("/proc/self/fd"))
+    if count > 64:  # what earlier tests left in cycles would otherwise go at any moment
+        gc.collect()
+        count = len(os.listdir("/proc/self/fd"))
+    return count
 
 
 def kvtransfer_threads() -> list[str]:

@@ -55,8 +55,8 @@ def variants() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], int]]
             yield f"add_norm {dtype} {size}", fused._add_norm_kernel, types, norm, 8
         types = {"gate_up": f"*{dtype}", "out": f"*{dtype}"}
         yield f"silu_mul {dtype}", fused._silu_mul_kernel, types, {"SIZE": 14336, "COLUMNS": 1024}, 4
-        names = ("qkv", "query", "pool", "q_norm", "k_norm", "cos_sin")
-        for has_norm in (True, full):
+        names = ("qkv", "query", "keys", "pool", "q_norm", "k_norm", "cos_sin")
+        for has_norm, keeps_keys in ((True, False), (full, True)):
             qkv = {
                 "HEADS": 32,
                 "KV_HEADS": 8,
@@ -65,9 +65,10 @@ def variants() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], int]]
                 "BLOCK_SIZE": 64,
                 "HEADS_EACH": 8,
                 "HAS_NORM": has_norm,
+                "KEEPS_KEYS": keeps_keys,
             }
             types = dict.fromkeys(names, f"*{dtype}") | {"eps": "fp32"}
-            yield f"write_qkv {dtype} norm {has_norm}", fused._write_qkv_kernel, types, qkv, 4
+            yield f"write_qkv {dtype} norm {has_norm} keys {keeps_keys}", fused._write_qkv_kernel, types, qkv, 4
         types = {
             "logits": f"*{dtype}",
             "stride": "i32",

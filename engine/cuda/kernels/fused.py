@@ -83,6 +83,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 def _write_qkv_kernel(
     qkv,  # [num_tokens, HEADS + 2 * KV_HEADS, HEAD_DIM]: queries, keys, values
     query,  # [num_tokens, HEADS, HEAD_DIM]
+    keys,  # [num_tokens, KV_HEADS, HEAD_DIM], where KEEPS_KEYS
     pool,  # one layer: [num_blocks, 2, KV_HEADS, BLOCK_SIZE, HEAD_DIM]
     q_norm,  # [HEAD_DIM], where HAS_NORM
     k_norm,
@@ -99,6 +100,7 @@ def _write_qkv_kernel(
     BLOCK_SIZE: tl.constexpr,
     HEADS_EACH: tl.constexpr,
     HAS_NORM: tl.constexpr,
+    KEEPS_KEYS: tl.constexpr,
 ):
     dtype: tl.constexpr = qkv.dtype.element_ty
     HALF: tl.constexpr = HEAD_DIM // 2
@@ -136,6 +138,11 @@ def _write_qkv_kernel(
     to_query = query + (token.to(tl.int64) * HEADS + head[:, None]) * HEAD_DIM + column[None, :]
     tl.store(to_query, left, mask=is_in & is_query)
     tl.store(to_query + HALF, right, mask=is_in & is_query)
+    if KEEPS_KEYS:
+        is_key = is_rotated & (head >= HEADS)[:, None]
+        to_key = keys + (token.to(tl.int64) * KV_HEADS + (head[:, None] - HEADS)) * HEAD_DIM + column[None, :]
+        tl.store(to_key, left, mask=is_in & is_key)
+        tl.store(to_key + HALF, right, mask=is_in & is_key)
 
     is_written = is_in & (head >= HEADS)[:, None] & (position >= 0)
     table = tables + tl.load(table_begin + tl.load(token_seq + token))
@@ -158,12 +165,14 @@ def write_qkv(
     table_begin: Tensor,
     *,
     eps: float,
+    keys: Tensor | None = None,
 ) -> Tensor:
     """Norm (if `norms`: of queries, of keys) and rotate queries and keys, write KV to the pool, return the queries.
 
     `qkv` is [num_tokens, (heads + 2 * kv_heads) * head_dim], contiguous: queries, keys, values; `cos_sin`
     [max_positions, 2, head_dim / 2] in its dtype. `positions` [num_tokens], negative where nothing is to be written,
     and `token_seq` [num_tokens], the sequence of each, are int32; `tables` and `table_begin` as in `decode_attention`.
+    `keys` [num_tokens, kv_heads, head_dim], if given, gets what the pool gets as keys, of every token.
     """
     kv_heads, block_size, dim = pool.shape[2:]
     heads = qkv.shape[1] // dim - 2 * kv_heads
@@ -173,6 +182,7 @@ def write_qkv(
     _write_qkv_kernel[(len(qkv), triton.cdiv(heads + 2 * kv_heads, each))](
         qkv,
         query,
+        query if keys is None else keys,
         pool,
         q_norm,
         k_norm,
@@ -189,5 +199,6 @@ def write_qkv(
         block_size,
         each,
         norms is not None,
+        keys is not None,
     )
     return query

@@ -11,6 +11,7 @@ from torch import Tensor
 from engine.comm import Comm
 from engine.cuda.buckets import num_splits
 from engine.cuda.device import Device
+from engine.cuda.flash import PromptAttention
 from engine.cuda.inputs import StepTensors
 from engine.cuda.kernels.attention import decode_attention, prefill_attention, prefill_rows
 from engine.cuda.kernels.fused import add_rms_norm, silu_mul, write_qkv
@@ -22,13 +23,36 @@ from engine.weights import WeightSource
 
 
 @dataclass(frozen=True, slots=True)
+class FreshPrompts:
+    """The last sequences of a step whose new tokens begin at position 0: how many, their tokens, and the longest."""
+
+    num_seqs: int
+    num_tokens: int
+    longest: int
+
+
+@dataclass(frozen=True, slots=True)
 class Step:
-    """One step's inputs. Its first `num_decodes` sequences have one new token each, the others are prompt chunks."""
+    """One step's inputs. Its first `num_decodes` sequences have one new token each, the others are prompt chunks.
+
+    Those chunks that `tensors` has tiles for attend over the pool; `fresh` are the rest, which need not.
+    """
 
     tensors: StepTensors
     num_decodes: int
     samples_all: bool
     """Does every token's successor get sampled, in order? Then `tensors.rows` is not read."""
+    fresh: FreshPrompts | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Fresh:
+    """Fresh prompts on their way through the layers."""
+
+    first: int  # row of their first token
+    longest: int
+    bounds: Tensor  # [num_seqs + 1] int32: rows from `first` on
+    keys: Tensor  # [num_tokens of the step, kv_heads, head_dim]: rotated, of the layer at hand
 
 
 class FusedDecoder(Decoder):
@@ -43,10 +67,15 @@ class FusedDecoder(Decoder):
         comm: Comm,
         pool: KVPool,
         device: Device,
+        prompt_attention: PromptAttention | None = None,
     ) -> None:
-        """See Decoder. Takes cosines and sines of every position, too: max_positions * head_dim * itemsize bytes."""
+        """See Decoder. Takes cosines and sines of every position, too: max_positions * head_dim * itemsize bytes.
+
+        Without `prompt_attention` no step may have fresh prompts.
+        """
         super().__init__(config, weights, dtype=dtype, comm=comm, linears=TorchLinears(), device=device.torch_device)
         self._pool = pool
+        self._prompt_attention = prompt_attention
         self._num_multiprocessors = device.num_multiprocessors
         positions = torch.arange(config.max_position_embeddings, device=device.torch_device)
         half = config.head_dim // 2
@@ -57,6 +86,11 @@ class FusedDecoder(Decoder):
     def num_layers(self) -> int:
         """Of the model."""
         return len(self._layers)
+
+    @property
+    def takes_fresh_prompts(self) -> bool:
+        """May a step have any?"""
+        return self._prompt_attention is not None
 
     def tokens_per_tile(self) -> int:
         """New tokens of a prompt chunk that one tile of attention computes."""
@@ -73,6 +107,7 @@ class FusedDecoder(Decoder):
         fed = last_tokens[given.sources.clamp(min=0)]
         hidden = self._embedding[torch.where(given.sources >= 0, fed, given.tokens)]
         delta: Tensor | None = None
+        fresh = None if step.fresh is None else self._fresh(step.fresh, given, hidden)
         for index, layer in enumerate(self._layers):
             qkv = layer.qkv(add_rms_norm(hidden, delta, layer.input_norm, eps))
             norms = None if layer.q_norm is None or layer.k_norm is None else (layer.q_norm, layer.k_norm)
@@ -86,9 +121,10 @@ class FusedDecoder(Decoder):
                 given.tables,
                 given.table_begin,
                 eps=eps,
+                keys=None if fresh is None else fresh.keys,
             )
             kv_written(index)
-            attended = layer.output(self._attended(index, query, step).view(len(query), -1))
+            attended = layer.output(self._attended(index, query, qkv, step, fresh).view(len(query), -1))
             self._comm.all_reduce(attended)
             delta = layer.down(silu_mul(layer.gate_up(add_rms_norm(hidden, attended, layer.post_norm, eps))))
             self._comm.all_reduce(delta)
@@ -103,10 +139,25 @@ class FusedDecoder(Decoder):
         logits = shards[0] if len(shards) == 1 else torch.cat(shards, dim=-1)  # they may be 100 MB: no copy of one
         return logits[:, : self._config.vocab_size]
 
-    def _attended(self, index: int, query: Tensor, step: Step) -> Tensor:
+    def _fresh(self, fresh: FreshPrompts, given: StepTensors, hidden: Tensor) -> _Fresh:
+        first_rows = given.first_rows[-fresh.num_seqs - 1 :]
+        keys = hidden.new_empty(len(hidden), self._num_kv_heads, self._config.head_dim)
+        return _Fresh(len(hidden) - fresh.num_tokens, fresh.longest, first_rows - first_rows[0], keys)
+
+    def _attended(self, index: int, query: Tensor, qkv: Tensor, step: Step, fresh: _Fresh | None) -> Tensor:
         given, window = step.tensors, self._config.windows[index]
         pool = self._pool.layer(index)
         out = torch.empty_like(query)
+        if fresh is not None:
+            assert self._prompt_attention is not None
+            first = fresh.first
+            value = qkv.view(len(qkv), -1, self._config.head_dim)[first:, -self._num_kv_heads :]
+            attended = self._prompt_attention(
+                query[first:], fresh.keys[first:], value, fresh.bounds, fresh.longest, window
+            )
+            if first == 0:
+                return attended
+            out[first:] = attended
         if step.num_decodes:
             decodes = slice(0, step.num_decodes)
             decode_attention(

@@ -43,7 +43,7 @@ class StepTensors:
     token_seqs: Tensor  # [num_tokens]
     starts: Tensor  # [num_seqs]: position of the first new token
     num_new: Tensor  # [num_seqs]
-    first_rows: Tensor  # [num_seqs]: index of the first new token
+    first_rows: Tensor  # [num_seqs + 1]: index of the first new token; at the end, the number of all
     table_begin: Tensor  # [num_seqs]
     rows: Tensor  # [num_rows]: tokens whose successor is sampled
     keys: Tensor  # [num_rows] int64: streams of noise
@@ -57,7 +57,7 @@ class StepTensors:
 
 
 _PER_TOKEN: Final = ("tokens", "sources", "positions", "token_seqs")
-_PER_SEQ: Final = ("starts", "num_new", "first_rows", "table_begin")
+_PER_SEQ: Final = ("starts", "num_new", "table_begin")
 _WIDE: Final = ("keys", "temperatures", "log_min_p", "top_p")  # per row, 8 bytes each
 
 
@@ -77,6 +77,7 @@ class InputBuffer:
             *((name, 2 * capacity.num_rows) for name in _WIDE),
             *((name, capacity.num_tokens) for name in _PER_TOKEN),
             *((name, capacity.num_seqs) for name in _PER_SEQ),
+            ("first_rows", capacity.num_seqs + 1),
             ("rows", capacity.num_rows),
             ("top_k", capacity.num_rows),
             ("tile_seqs", capacity.num_tiles),
@@ -99,6 +100,7 @@ class InputBuffer:
         return StepTensors(
             **{name: view(name, shape.num_tokens) for name in _PER_TOKEN},
             **{name: view(name, shape.num_seqs) for name in _PER_SEQ},
+            first_rows=view("first_rows", shape.num_seqs + 1),
             rows=view("rows", shape.num_rows),
             top_k=view("top_k", shape.num_rows),
             keys=view("keys", 2 * shape.num_rows).view(torch.int64),
@@ -117,6 +119,7 @@ class InputBuffer:
             for field in (given.sources, given.positions, given.starts):
                 field.fill_(-1)
             given.num_new.fill_(self.capacity.num_tokens)
+            given.first_rows[-1:].fill_(self.capacity.num_tokens)
 
         self._device.run(work)
 
@@ -170,12 +173,13 @@ class _HostView:
         """Fill everything; how many ints of block tables there are."""
         shape, count = self._shape, len(entries)
         tokens, source, positions, token_seqs = (self._field(name, shape.num_tokens) for name in _PER_TOKEN)
-        starts, num_new, first_rows, table_begin = (self._field(name, shape.num_seqs) for name in _PER_SEQ)
+        starts, num_new, table_begin = (self._field(name, shape.num_seqs) for name in _PER_SEQ)
+        first_rows = self._field("first_rows", shape.num_seqs + 1)
         starts[:count] = [entry.start for entry in entries]
         num_new[:count] = [len(entry.token_ids) for entry in entries]
         ends = np.cumsum(num_new[:count])
         num_tokens = int(ends[-1])
-        first_rows[:count] = ends - num_new[:count]
+        first_rows[0], first_rows[1 : count + 1], first_rows[count + 1 :] = 0, ends, num_tokens
         if num_tokens == count:
             tokens[:count] = [entry.token_ids[0] for entry in entries]
         else:
@@ -186,7 +190,7 @@ class _HostView:
         source[:num_tokens] = np.where(tokens[:num_tokens] == PENDING, np.asarray(sources, np.int32)[seq_of], -1)
         positions[num_tokens:] = starts[count:] = source[num_tokens:] = -1
         tokens[num_tokens:] = token_seqs[num_tokens:] = 0
-        num_new[count:] = first_rows[count:] = table_begin[count:] = 0
+        num_new[count:] = table_begin[count:] = 0
         self._pack_samples(entries, ends)
         if tiles:
             self._field("tile_seqs", len(tiles))[:] = [seq for seq, _ in tiles]

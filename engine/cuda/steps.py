@@ -20,7 +20,7 @@ from torch import Tensor
 from baton.request import AttemptId
 from engine.cuda.buckets import bucket_for, buckets
 from engine.cuda.cuts import cut
-from engine.cuda.decoder import FusedDecoder, Step
+from engine.cuda.decoder import FreshPrompts, FusedDecoder, Step
 from engine.cuda.device import Device, Event, Graph
 from engine.cuda.inputs import InputBuffer, Shape, Tables
 from engine.cuda.kernels.sampling import choose_tokens
@@ -28,6 +28,7 @@ from engine.sampler import sample
 from engine.types import PENDING, BatchEntry, Collected, Launched, Sampled, SampleSpec, StepHook, StepPlan
 
 _NUM_RESULTS: Final = 3  # two steps under way and one that is being read
+_DECODE, _CHUNK, _FRESH = range(3)  # kinds of entries, in the order in which a step has them
 
 
 def is_chosen_on_device(spec: SampleSpec) -> bool:
@@ -39,6 +40,11 @@ def is_chosen_on_device(spec: SampleSpec) -> bool:
         and not params.logit_bias
         and (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) == (1, 0, 0)
     )
+
+
+def _kind(entry: BatchEntry) -> int:
+    """One token, a prompt chunk behind KV, or one from the first token on."""
+    return _DECODE if len(entry.token_ids) == 1 else _CHUNK if entry.start else _FRESH
 
 
 def is_cut(spec: SampleSpec) -> bool:
@@ -101,8 +107,12 @@ class CudaSteps:
         chunk = Shape(num_tokens=2, num_seqs=1, num_rows=1, num_tiles=1)
         inputs = InputBuffer(self._device, chunk, 1)
         inputs.clear()
-        prefill = Step(inputs.tensors(chunk), 0, samples_all=False)
-        self._device.run(lambda: self._step(prefill, _nothing))
+        prompts = [Step(inputs.tensors(chunk), 0, samples_all=False)]
+        if self._decoder.takes_fresh_prompts:
+            whole = inputs.tensors(Shape(num_tokens=2, num_seqs=1, num_rows=1))
+            prompts.append(Step(whole, 0, samples_all=False, fresh=FreshPrompts(1, 2, 2)))
+        for prompt in prompts:
+            self._device.run(functools.partial(self._step, prompt, _nothing))
         sizes = buckets(len(self._chosen))
         for size in reversed(sizes):
             step = Step(self._decode_inputs.tensors(Shape(size, size, size)), size, samples_all=True)
@@ -112,7 +122,7 @@ class CudaSteps:
 
     def launch(self, plan: StepPlan, hook: StepHook | None = None) -> Launched:
         """See OverlappingRunner."""
-        order = sorted(range(len(plan.entries)), key=lambda index: len(plan.entries[index].token_ids) > 1)
+        order = sorted(range(len(plan.entries)), key=lambda index: _kind(plan.entries[index]))
         entries = [plan.entries[index] for index in order]
         specs = [entry.sample for entry in entries if entry.sample is not None]
         is_fed = (
@@ -202,16 +212,18 @@ class CudaSteps:
         """Queue a step of any kind, without a graph. Where the host samples, `logits` gets what it samples from."""
         num_decodes = sum(len(entry.token_ids) == 1 for entry in entries)
         num_tokens = sum(len(entry.token_ids) for entry in entries)
+        fresh = self._fresh(entries)
+        num_paged = len(entries) - (0 if fresh is None else fresh.num_seqs)
         each = self._decoder.tokens_per_tile()
         tiles = [
             (seq, begin)
-            for seq, entry in enumerate(entries[num_decodes:], num_decodes)
+            for seq, entry in enumerate(entries[num_decodes:num_paged], num_decodes)
             for begin in range(0, len(entry.token_ids), each)
         ]
         shape = Shape(num_tokens, len(entries), num_rows, len(tiles))
         inputs = self._inputs_for(shape, sum(len(entry.block_table) for entry in entries))
         inputs.load(entries, shape, self._tables, sources, tiles)
-        step = Step(inputs.tensors(shape), num_decodes, samples_all=num_rows == num_tokens)
+        step = Step(inputs.tensors(shape), num_decodes, samples_all=num_rows == num_tokens, fresh=fresh)
 
         def kv_written(layer: int) -> None:
             if hook is not None:
@@ -225,6 +237,12 @@ class CudaSteps:
                     logits.append(self._decoder.compute(step, self._chosen, kv_written))
 
         self._device.run(work)
+
+    def _fresh(self, entries: Sequence[BatchEntry]) -> FreshPrompts | None:
+        lengths = [len(entry.token_ids) for entry in entries if _kind(entry) == _FRESH]
+        if not lengths or not self._decoder.takes_fresh_prompts:
+            return None
+        return FreshPrompts(len(lengths), sum(lengths), max(lengths))
 
     def _inputs_for(self, shape: Shape, num_table_ints: int) -> InputBuffer:
         """A buffer that is large enough; making one waits for the device."""

@@ -165,6 +165,7 @@ def test_qkv_is_normed_rotated_and_written_as_the_reference_does(
     cos_sin = torch.stack((angles.cos(), angles.sin()), 1).to(dtype)
     positions = [p for start, new in spans for p in range(start, start + new)]
     pool = batch.pool.kv.to(DEVICE, copy=True)
+    keys = torch.full((num_tokens + 1, kv_heads, dim), float("nan"), dtype=dtype, device=DEVICE)
     query = write_qkv(
         qkv.to(DEVICE),
         pool,
@@ -175,6 +176,7 @@ def test_qkv_is_normed_rotated_and_written_as_the_reference_does(
         batch.tables,
         batch.table_begin,
         eps=1e-6,
+        keys=keys,
     )
 
     split = qkv[:num_tokens].view(num_tokens, -1, dim).split([heads, kv_heads, kv_heads], 1)
@@ -186,6 +188,7 @@ def test_qkv_is_normed_rotated_and_written_as_the_reference_does(
     reference.begin_step(batch.entries)
     reference.write_kv(0, rotate(key, cos, sin), value)
     close(query[:num_tokens], rotate(expected_query, cos, sin))
+    close(keys[:num_tokens], rotate(key, cos, sin))
     assert torch.equal(pool.cpu().isnan(), batch.pool.kv.isnan())  # nothing else was written
     close(pool.nan_to_num(), batch.pool.kv.nan_to_num())
 

@@ -79,7 +79,7 @@ def test_a_step_is_packed_with_padding_that_names_nothing() -> None:
     assert given.positions.tolist() == [9, 4, 5, 6, -1, -1]
     assert given.token_seqs.tolist() == [0, 1, 1, 1, 0, 0]
     assert (given.starts.tolist(), given.num_new.tolist()) == ([9, 4, -1], [1, 3, 0])
-    assert given.first_rows.tolist() == [0, 1, 0]
+    assert given.first_rows.tolist() == [0, 1, 4, 4]
     assert given.rows.tolist() == [0, 3, 0]
     assert given.temperatures.tolist() == [0.0, 0.5, 0.0]
     assert given.keys[0] == given.keys[2] == 0 != given.keys[1]

@@ -35,7 +35,7 @@ class ModelSection(_Section):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     max_model_len: int | None = Field(default=None, ge=16)
     load_format: Literal["auto", "dummy"] = "auto"
-    quantization: Literal["int8"] | None = None
+    quantization: Literal["int8", "fp8"] | None = None  # of weights: int8 on the CPU, fp8 on CUDA
 
 
 class EngineSection(_Section):
@@ -44,6 +44,7 @@ class EngineSection(_Section):
     kind: Literal["native", "sim"] = "native"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     block_size: int = Field(default=16, ge=16, le=256, multiple_of=16)
+    kv_dtype: Literal["auto", "fp8"] = "auto"  # auto: as the model; fp8: e4m3, one byte, on CUDA only
     kv_cache_bytes: int | None = Field(default=None, ge=1)  # per rank; None: 64 x max_model_len tokens, at most 1 GiB
     max_num_seqs: int = Field(default=256, ge=1, le=4096)
     max_num_batched_tokens: int = Field(default=512, ge=16, le=65536)
@@ -153,6 +154,10 @@ class Config(_Section):
         if self.engine.device == "cuda":
             self._check_cuda()
         if self.model.quantization is not None and self.engine.kind == "sim":
+        elif self.engine.kv_dtype == "fp8":
+            raise ValueError("engine.kv_dtype: fp8 is computed on a GPU only; leave it out, or add --device cuda")
+        elif self.model.quantization == "fp8":
+            raise ValueError("model.quantization: fp8 is computed on a GPU only; take int8, or add --device cuda")
             raise ValueError("model.quantization: the simulated engine has no weights to quantize")
         if "cuda_ipc" in self.transfer.transports and (self.engine.device == "cpu" or self.engine.kind == "sim"):
             raise ValueError("transfer.transports: cuda_ipc needs an engine whose KV pool is on a CUDA device")
@@ -170,8 +175,8 @@ class Config(_Section):
         """Whether a device is there, only the process that computes can say."""
         if self.engine.kind == "sim":
             raise ValueError("engine.device: the simulated engine has no device; leave cuda out")
-        if self.model.quantization is not None:
-            raise ValueError(f"model.quantization: {self.model.quantization} is computed on the CPU only, not on cuda")
+        if self.model.quantization == "int8":
+            raise ValueError("model.quantization: int8 is computed on the CPU only, not on cuda; cuda has fp8")
         if "transports" in self.transfer.model_fields_set and self.transfer.transports != ("cuda_ipc",):
             raise ValueError("transfer.transports: out of a CUDA device KV travels by cuda_ipc alone")
 

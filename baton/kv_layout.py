@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Final
 
 UNIT_TOKENS: Final = 16
-_DTYPE_BYTES: Final = {"float32": 4, "bfloat16": 2}
+_DTYPE_BYTES: Final = {"float32": 4, "bfloat16": 2, "float8_e4m3fn": 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +105,11 @@ class KVLayout:
     def pool_bytes(self) -> int:
         """Size of this rank's whole buffer."""
         return self.bytes_per_block * self.geometry.num_blocks
+
+
+def stored_dtype(kv_dtype: str, dtype: str) -> str:
+    """What KV is stored as, where `engine.kv_dtype` and the model's dtype are these."""
+    return {"auto": dtype, "fp8": "float8_e4m3fn"}[kv_dtype]
 
 
 @dataclass(frozen=True, slots=True)

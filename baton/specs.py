@@ -39,6 +39,8 @@ class RankSpec:
     host: str = "127.0.0.1"
     """Address that this rank's data socket binds and advertises."""
     block_size: int = 16
+    kv_dtype: str = "auto"
+    """auto (the model's) or fp8."""
     kv_cache_bytes: int | None = None
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 512

@@ -45,7 +45,7 @@ FLAGS: Final = (
     Flag("--prefill-tp", "topology.prefill_tp", "tensor parallelism of prefill workers, if different", "N", type=int),
     Flag("--dtype", "model.dtype", "data type of weights and KV", choices=("auto", "float32", "bfloat16")),
     Flag("--max-model-len", "model.max_model_len", "most tokens of a request, prompt included", "N", type=int),
-    Flag("--quantization", "model.quantization", "weight quantization", "Q"),
+    Flag("--quantization", "model.quantization", "of weights: int8 on the CPU, fp8 on CUDA", choices=("int8", "fp8")),
     Flag("--served-model-name", "model.served_model_name", "the name that clients use", "S"),
     Flag("--kv-cache-bytes", "engine.kv_cache_bytes", "KV cache of each rank", "N", type=int),
     Flag("--engine", "engine.kind", "the real engine, or one that only simulates", choices=("native", "sim")),

@@ -290,6 +290,7 @@ class Orders:
                 sim=config.sim.model_dump() if engine.kind == "sim" else {},
             ),
             block_size=engine.block_size,
+            kv_dtype=engine.kv_dtype,
             kv_cache_bytes=engine.kv_cache_bytes,
             max_num_seqs=engine.max_num_seqs,
             max_num_batched_tokens=engine.max_num_batched_tokens,

@@ -11,6 +11,9 @@ from baton.kv_layout import KVLayout
 from engine.kv_memory import KVMemory
 
 TORCH_DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+"""Of weights, activations and KV."""
+FP8: Final = torch.float8_e4m3fn
+"""Of KV on a device, and of weights and inputs of its products. Its largest number is 448; it has NaN, no infinity."""
 
 
 class KVPool(Protocol):

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from baton.kv_layout import DeviceMemory, KVGeometry, KVLayout, LayerSpec, ModelKV
+from baton.kv_layout import DeviceMemory, KVGeometry, KVLayout, LayerSpec, ModelKV, stored_dtype
 from engine.attention.reference import ReferenceAttention
 from engine.comm import Comm, SingleComm
 from engine.cpu_fast import FastDecoder, Greedy
@@ -45,6 +45,8 @@ log = logging.getLogger(__name__)
 
 LOAD_FORMATS: Final = ("auto", "dummy")
 BACKENDS: Final = ("auto", "reference", "fast")
+KV_DTYPES: Final = ("auto", "fp8")
+QUANTIZATIONS: Final = (None, "int8", "fp8")
 
 
 class NativeRunner:
@@ -62,6 +64,7 @@ class NativeRunner:
         block_size: int = 16,
         num_blocks: int | None = None,
         kv_cache_bytes: int | None = None,
+        kv_dtype: str = "auto",
         load_format: str = "auto",
         device: str = "cpu",
         num_threads: int | None = None,
@@ -77,30 +80,41 @@ class NativeRunner:
         `comm` from then on. `dtype` is float32 or bfloat16, for weights, activations and KV alike; "auto" is what
         the checkpoint has. `load_format` "dummy" makes weights up. `num_threads` is set for the whole process; the
         threads of the fast backend are pinned to `cores`, if given. `backend`: "fast" is engine.cpu_fast, "reference"
-        plain torch, "auto" the first that works here. `quantization` "int8" needs the fast one.
+        plain torch, "auto" the first that works here. `quantization` "int8" needs the fast one, "fp8" engine.cuda.
 
         With `device` "cuda" (or "cuda:N") the pool lies on the GPU and `backend` "fast" or "auto" is engine.cuda, whose decode steps
-        of up to `max_num_seqs` sequences are graphs; "reference" is plain torch on the GPU. `cuda_device` (tests)
-        takes the place of torch.cuda.
+        of up to `max_num_seqs` sequences are graphs; "reference" is plain torch on the GPU. `kv_dtype` "fp8", which only
+        engine.cuda computes, stores KV as e4m3 instead of `dtype`. `cuda_device` (tests) takes the place of torch.cuda.
 
         Raises:
-            CudaUnavailable: `device` is "cuda", and torch finds none, or there is no triton.
+            CudaUnavailable: `device` is "cuda", and torch finds none, or there is no triton, or it can not do fp8.
             ModelUnsupported: config.json asks for something that is not computed, or does not split over the ranks.
             WeightsMismatch: the checkpoint does not fit the config.
             KernelsUnavailable: the fast backend was asked for and can not run here.
             ValueError: an argument is out of its range.
         """
-        if backend not in BACKENDS or quantization not in (None, "int8"):
-            raise ValueError(f"backend {backend!r} is not in {BACKENDS}, or quantization {quantization!r} is not int8")
+        for name, value, possible in (
+            ("backend", backend, BACKENDS),
+            ("quantization", quantization, QUANTIZATIONS),
+            ("kv_dtype", kv_dtype, KV_DTYPES),
+        ):
+            if value not in possible:
+                raise ValueError(f"{name} must be one of {possible}, not {value!r}")
         kind, _, ordinal = device.partition(":")
         if kind not in ("cpu", "cuda") or not (ordinal or "0").isdecimal():
             raise ValueError(f"device must be cpu, cuda or cuda:N, not {device!r}")
+        is_cuda, is_fp8 = kind == "cuda" or cuda_device is not None, "fp8" in (kv_dtype, quantization)
+        if quantization == "int8" and is_cuda:
+            raise ValueError("quantization int8 is computed on the CPU only, not on cuda")
+        if is_fp8 and (not is_cuda or backend == "reference"):
+            name = "kv_dtype" if kv_dtype == "fp8" else "quantization"
+            raise ValueError(f"{name} fp8 is computed by the CUDA kernels only, not on the CPU")
         if kind == "cuda":
             from engine.cuda.device import CudaDevice
 
-            if quantization is not None:
-                raise ValueError(f"quantization {quantization} is computed on the CPU only, not on cuda")
             cuda_device = cuda_device or CudaDevice(int(ordinal or 0))
+        if cuda_device is not None and is_fp8:
+            cuda_device.check_fp8()
         if load_format not in LOAD_FORMATS:
             raise ValueError(f"load_format must be one of {LOAD_FORMATS}, not {load_format!r}")
         if num_threads is not None:
@@ -110,13 +124,15 @@ class NativeRunner:
         dtype = self.config.dtype if dtype == "auto" else dtype
         if dtype not in TORCH_DTYPES:
             raise ModelUnsupported(f"dtype must be one of {sorted(TORCH_DTYPES)}, not {dtype!r}")
+        if quantization == "fp8" and dtype != "bfloat16" and device != "cpu":
+            raise ModelUnsupported(f"quantization fp8 goes with dtype bfloat16, not {dtype}: add --dtype bfloat16")
         check_split(self.config, self._comm.size)
 
         digest = _agreed_fingerprint(self._comm, model_dir, self.config, dtype, load_format)
         spec = LayerSpec(self.config.num_kv_heads, self.config.head_dim)
         if quantization is not None:  # other weights, other KV
             digest = hashlib.blake2b(f"{digest} {quantization}".encode(), digest_size=16).hexdigest()
-        model = ModelKV((spec,) * self.config.num_layers, dtype, digest)
+        model = ModelKV((spec,) * self.config.num_layers, stored_dtype(kv_dtype, dtype), digest)
         self.layout = _sized_layout(model, self._comm, block_size, num_blocks, kv_cache_bytes)
         shapes, optional = tensor_shapes(self.config), optional_tensors(self.config)
         is_dummy = load_format == "dummy"
@@ -131,7 +147,8 @@ class NativeRunner:
         self._steps: CudaSteps | None = None
         self._device_memory: DeviceMemory | None = None
         if cuda_device is not None:
-            self._load_on(cuda_device, weights, dtype, backend, max_num_seqs)
+            fp8 = quantization == "fp8"
+            self._load_on(cuda_device, weights, dtype, backend, max_num_seqs, fp8=fp8)
             self._is_closed = False
             return
         self._pool = MemfdPool(self.layout)
@@ -159,7 +176,16 @@ class NativeRunner:
             self._attention = ReferenceAttention(self._pool, self.config.windows)
         self._is_closed = False
 
-    def _load_on(self, device: Device, weights: WeightSource, dtype: str, backend: str, max_num_seqs: int) -> None:
+    def _load_on(
+        self,
+        device: Device,
+        weights: WeightSource,
+        dtype: str,
+        backend: str,
+        max_num_seqs: int,
+        *,
+        fp8: bool,
+    ) -> None:
         """The pool and the model on a CUDA device."""
         from engine.cuda.decoder import FusedDecoder
         from engine.cuda.pool import DevicePool
@@ -175,7 +201,13 @@ class NativeRunner:
             self._attention = ReferenceAttention(pool, self.config.windows)
             return
         decoder = FusedDecoder(
-            self.config, weights, dtype=TORCH_DTYPES[dtype], comm=self._comm, pool=pool, device=device
+            self.config,
+            weights,
+            dtype=TORCH_DTYPES[dtype],
+            comm=self._comm,
+            pool=pool,
+            device=device,
+            fp8=fp8,
         )
         geometry = self.layout.geometry
         max_blocks = min(-(-self.config.max_position_embeddings // geometry.block_size), geometry.num_blocks)

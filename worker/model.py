@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from baton.kv_layout import KVGeometry, KVLayout, LayerSpec, ModelKV
+from baton.kv_layout import KVGeometry, KVLayout, LayerSpec, ModelKV, stored_dtype
 from baton.specs import RankSpec
 from engine.types import OverlappingRunner, Runner
 
@@ -73,7 +73,8 @@ def _load_native(spec: RankSpec) -> LoadedModel:
         dtype=dtype,
         comm=_open_comm(spec, device),
         block_size=spec.block_size,
-        num_blocks=num_blocks(spec, ModelKV(layers, dtype, ""), max_model_len),
+        num_blocks=num_blocks(spec, ModelKV(layers, stored_dtype(spec.kv_dtype, dtype), ""), max_model_len),
+        kv_dtype=spec.kv_dtype,
         load_format=spec.model.load_format,
         num_threads=spec.threads,
         cores=spec.cores,

@@ -12,11 +12,12 @@ from engine.comm import Comm
 from engine.cuda.buckets import num_splits
 from engine.cuda.device import Device
 from engine.cuda.flash import PromptAttention
+from engine.cuda.fp8 import Fp8Linear, Fp8Linears, kv_scales
 from engine.cuda.inputs import StepTensors
 from engine.cuda.kernels.attention import decode_attention, prefill_attention, prefill_rows
-from engine.cuda.kernels.fused import add_rms_norm, silu_mul, write_qkv
-from engine.kv_pool import KVPool
-from engine.layers.linear import TorchLinears
+from engine.cuda.kernels.fused import add_rms_norm, add_rms_norm_fp8, silu_mul, write_qkv
+from engine.kv_pool import FP8, KVPool
+from engine.layers.linear import Linear, TorchLinears
 from engine.model_config import ModelConfig
 from engine.models.decoder import Decoder
 from engine.weights import WeightSource
@@ -67,14 +68,18 @@ class FusedDecoder(Decoder):
         comm: Comm,
         pool: KVPool,
         device: Device,
+        fp8: bool = False,
         prompt_attention: PromptAttention | None = None,
     ) -> None:
         """See Decoder. Takes cosines and sines of every position, too: max_positions * head_dim * itemsize bytes.
 
+        With `fp8` the weights of the layers are kept and multiplied in it (engine.cuda.fp8); the head's are not.
         Without `prompt_attention` no step may have fresh prompts.
         """
-        super().__init__(config, weights, dtype=dtype, comm=comm, linears=TorchLinears(), device=device.torch_device)
+        linears = Fp8Linears() if fp8 else TorchLinears()
+        super().__init__(config, weights, dtype=dtype, comm=comm, linears=linears, device=device.torch_device)
         self._pool = pool
+        self._kv_scales = kv_scales(weights, config.num_layers, is_fp8=pool.layer(0).dtype == FP8)
         self._prompt_attention = prompt_attention
         self._num_multiprocessors = device.num_multiprocessors
         positions = torch.arange(config.max_position_embeddings, device=device.torch_device)
@@ -102,14 +107,13 @@ class FusedDecoder(Decoder):
 
         `kv_written(layer)` is called when the layer's KV is queued to be written. `last_tokens` is int32.
         """
-        eps = self._config.rms_norm_eps
-        given = step.tensors
+        given, eps = step.tensors, self._config.rms_norm_eps
         fed = last_tokens[given.sources.clamp(min=0)]
         hidden = self._embedding[torch.where(given.sources >= 0, fed, given.tokens)]
         delta: Tensor | None = None
         fresh = None if step.fresh is None else self._fresh(step.fresh, given, hidden)
         for index, layer in enumerate(self._layers):
-            qkv = layer.qkv(add_rms_norm(hidden, delta, layer.input_norm, eps))
+            qkv = _after_norm(layer.qkv, hidden, delta, layer.input_norm, eps)
             norms = None if layer.q_norm is None or layer.k_norm is None else (layer.q_norm, layer.k_norm)
             query = write_qkv(
                 qkv,
@@ -121,12 +125,13 @@ class FusedDecoder(Decoder):
                 given.tables,
                 given.table_begin,
                 eps=eps,
+                kv_scales=self._kv_scales[index],
                 keys=None if fresh is None else fresh.keys,
             )
             kv_written(index)
             attended = layer.output(self._attended(index, query, qkv, step, fresh).view(len(query), -1))
             self._comm.all_reduce(attended)
-            delta = layer.down(silu_mul(layer.gate_up(add_rms_norm(hidden, attended, layer.post_norm, eps))))
+            delta = layer.down(silu_mul(_after_norm(layer.gate_up, hidden, attended, layer.post_norm, eps)))
             self._comm.all_reduce(delta)
         if len(given.rows) == 0:
             return None
@@ -169,6 +174,7 @@ class FusedDecoder(Decoder):
                 window=window,
                 num_splits=num_splits(step.num_decodes, self._num_kv_heads, self._num_multiprocessors),
                 out=out[decodes],
+                kv_scales=self._kv_scales[index],
             )
         if len(given.tile_seqs):
             prefill_attention(
@@ -180,5 +186,13 @@ class FusedDecoder(Decoder):
                 given.table_begin,
                 window=window,
                 out=out,
+                kv_scales=self._kv_scales[index],
             )
         return out
+
+
+def _after_norm(linear: Linear, hidden: Tensor, delta: Tensor | None, norm: Tensor, eps: float) -> Tensor:
+    """`linear` of `add_rms_norm`; the norm leaves fp8 where that is what it takes."""
+    if isinstance(linear, Fp8Linear):
+        return linear.product(*add_rms_norm_fp8(hidden, delta, norm, eps))
+    return linear(add_rms_norm(hidden, delta, norm, eps))

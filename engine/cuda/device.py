@@ -41,6 +41,10 @@ class Device(Protocol):
     torch_device: torch.device
     num_multiprocessors: int
 
+    def check_fp8(self) -> None:
+        """Raises CudaUnavailable: it can not convert to fp8, or not multiply in it."""
+        ...
+
     def host_ints(self, count: int) -> Tensor:
         """A tensor of zeros, [count] int32, in host memory that copies can use while the host goes on."""
         ...
@@ -85,6 +89,12 @@ class CudaDevice:
         self._stream = _cuda.Stream(self.torch_device)
         _cuda.set_stream(self._stream)
         self._graph_memory: Any = None
+
+    def check_fp8(self) -> None:
+        """See Device."""
+        major, minor = _cuda.get_device_capability(self.torch_device)
+        if (major, minor) < (8, 9):
+            raise CudaUnavailable(f"fp8 needs compute capability 8.9 or later; this device has {major}.{minor}")
 
     def host_ints(self, count: int) -> Tensor:
         """See Device."""

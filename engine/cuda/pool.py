@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from baton.kv_layout import DeviceMemory, KVLayout
-from engine.kv_pool import TORCH_DTYPES
+from engine.kv_pool import FP8, TORCH_DTYPES
 
 
 class DevicePool:
@@ -14,9 +14,8 @@ class DevicePool:
 
     def __init__(self, layout: KVLayout, device: torch.device) -> None:
         """Raises torch.OutOfMemoryError: the pool does not fit on the device."""
-        self._flat = torch.zeros(
-            layout.pool_bytes // layout.model.itemsize_bytes, dtype=TORCH_DTYPES[layout.model.dtype], device=device
-        )
+        dtype = TORCH_DTYPES.get(layout.model.dtype, FP8)
+        self._flat = torch.zeros(layout.pool_bytes // layout.model.itemsize_bytes, dtype=dtype, device=device)
         geometry, itemsize = layout.geometry, layout.model.itemsize_bytes
         self._layers: list[Tensor] = []
         for index, spec in enumerate(layout.model.layers):

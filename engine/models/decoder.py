@@ -20,7 +20,7 @@ from torch.nn.functional import silu
 from baton.kv_layout import kv_head_range
 from engine.attention.base import AttentionBackend
 from engine.comm import Comm
-from engine.layers.linear import Linear, LinearBackend
+from engine.layers.linear import Linear, LinearBackend, TorchLinears
 from engine.layers.norm import rms_norm
 from engine.layers.rope import RotaryEmbedding, rotate
 from engine.model_config import ModelConfig
@@ -28,6 +28,7 @@ from engine.weights import WeightSource
 
 _EMBEDDING = "model.embed_tokens.weight"
 _HEAD = "lm_head.weight"
+_KV_SCALES = ("self_attn.k_scale", "self_attn.v_scale")
 
 
 def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -59,12 +60,20 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         if config.qk_norm:
             shapes[f"{prefix}.self_attn.q_norm.weight"] = (config.head_dim,)
             shapes[f"{prefix}.self_attn.k_norm.weight"] = (config.head_dim,)
+        shapes |= dict.fromkeys(kv_scale_names(layer), (1,))
     return shapes
 
 
+def kv_scale_names(layer: int) -> tuple[str, str]:
+    """What multiplies a layer's keys and values that are stored in fp8, [1] each; nothing else reads them."""
+    k_scale, v_scale = (f"model.layers.{layer}.{name}" for name in _KV_SCALES)
+    return k_scale, v_scale
+
+
 def optional_tensors(config: ModelConfig) -> frozenset[str]:
-    """Names that a checkpoint may leave out: the output head, if the embedding serves as one."""
-    return frozenset({_HEAD}) if config.tie_word_embeddings else frozenset()
+    """Names that a checkpoint may leave out: scales of KV, and the output head, if the embedding serves as one."""
+    scales = {name for layer in range(config.num_layers) for name in kv_scale_names(layer)}
+    return frozenset(scales | {_HEAD}) if config.tie_word_embeddings else frozenset(scales)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +101,10 @@ class Decoder:
         linears: LinearBackend,
         device: torch.device | None = None,
     ) -> None:
-        """Copy this rank's slices out of `weights`, converted to `dtype`. `check_split` has passed."""
+        """Copy this rank's slices out of `weights`, converted to `dtype`. `check_split` has passed.
+
+        `linears` prepares those of the layers, not the head.
+        """
         self._config = config
         self._comm = comm
         self._dtype = dtype
@@ -207,7 +219,8 @@ class _ShardLoader:
     def head(self, embedding: Tensor) -> Linear:
         """This rank's run of the vocabulary, the last ones padded with zero rows so that all have one length.
 
-        A tied model uses its embedding, unless the checkpoint has a head of its own (as transformers 5 does).
+        A tied model uses its embedding, unless the checkpoint has a head of its own (as transformers 5 does). The head
+        is never quantised: its errors would be the logits'.
         """
         vocab = self._config.vocab_size
         per_rank = -(-vocab // self._size)
@@ -217,7 +230,7 @@ class _ShardLoader:
         missing = per_rank - len(weight)
         if missing:
             weight = torch.cat((weight, weight.new_zeros(missing, weight.shape[1])))
-        return self._linears.prepare(weight, None)
+        return TorchLinears().prepare(weight, None)
 
     def _column_parallel(self, parts: Sequence[tuple[str, slice]]) -> Linear:
         """One linear of the named rows of several."""

@@ -397,17 +397,20 @@ def test_another_models_identity_is_refused_and_the_field_is_named(lab: Lab, fie
     assert f"layout: {field} differs" in reason or f"{field} differs" in reason
 
 
-def test_fp32_and_bf16_pools_are_refused_by_both_names_before_any_request_and_nothing_is_converted(lab: Lab) -> None:
-    source = lab.worker("p", model=replace(MODEL, dtype="float32"))
-    destination = lab.worker("d", model=replace(MODEL, dtype="bfloat16"))
+@pytest.mark.parametrize("dtypes", [("float32", "bfloat16"), ("bfloat16", "float8_e4m3fn")])
+def test_pools_of_two_dtypes_are_refused_by_both_names_before_any_request_and_nothing_is_converted(
+    lab: Lab, dtypes: tuple[str, str]
+) -> None:
+    model = replace(MODEL, layers=(LayerSpec(4, 16),) * 3)
+    source = lab.worker("p", model=replace(model, dtype=dtypes[0]))
+    destination = lab.worker("d", model=replace(model, dtype=dtypes[1]))
     reports: queue.SimpleQueue[LinkReport] = queue.SimpleQueue()
     source.leader.endpoint.set_on_link(reports.put)
     source.leader.endpoint.connect(destination.peer)
     report = reports.get(timeout=10)
     assert (report.worker_id, report.tp_rank, report.transport) == ("d", 0, "")
     assert "dtype differs" in report.reason
-    assert "float32" in report.reason
-    assert "bfloat16" in report.reason
+    assert all(dtype in report.reason for dtype in dtypes)
     transfer_id = open_send(source, destination, 16, [0])
     assert "dtype differs" in source.leader.expect(Failed, transfer_id).reason
     assert not np.frombuffer(destination.leader.buffer, np.uint8).any()

@@ -27,7 +27,8 @@ def variants() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], int]]
     """(name, kernel, types of what is not constant, constants, warps)."""
     for dtype, full in (("bf16", False), ("fp32", True)):
         pointers = dict.fromkeys(("query", "pool", "out"), f"*{dtype}")
-        pointers |= {"sums": "*fp32", "scales": "*fp32", "scale": "fp32"}
+        pointers |= {"sums": "*fp32", "scales": "*fp32", "scale": "fp32", "value_scale": "fp32"}
+        in_fp8 = pointers | {"pool": "*fp8e4nv"}
         for heads, dim, block, window in ((4, 128, 64, 0), (1, 128, 16, 0), (3, 64, 16, 100), (4, 96, 64, 0)):
             common = {
                 "KV_HEADS": 8,
@@ -43,16 +44,25 @@ def variants() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], int]]
             for splits in (1, 8):
                 constants = {**common, "ROWS": 16, "NUM_SPLITS": splits, "IS_DECODE": True}
                 yield f"decode {what} splits {splits}", attention._attend_kernel, pointers, constants, 4
+                yield f"decode {what} splits {splits} from fp8", attention._attend_kernel, in_fp8, constants, 4
             rows = attention.prefill_rows(heads, dim, torch.float32 if full else torch.bfloat16)
             constants = {**common, "ROWS": rows, "NUM_SPLITS": 1, "IS_DECODE": False}
             yield f"prefill {what} rows {rows}", attention._attend_kernel, pointers, constants, 8
+            yield f"prefill {what} rows {rows} from fp8", attention._attend_kernel, in_fp8, constants, 8
         reduce = {"HEADS": 32, "HEAD_DIM": 128, "DIM_PAD": 128, "NUM_SPLITS": 8}
         types = {"sums": "*fp32", "scales": "*fp32", "out": f"*{dtype}"}
         yield f"reduce {dtype}", attention._reduce_kernel, types, reduce, 4
         for size in (4096, 5120):
-            types = dict.fromkeys(("hidden", "delta", "weight", "out"), f"*{dtype}") | {"eps": "fp32"}
-            norm = {"SIZE": size, "SIZE_PAD": triton.next_power_of_2(size), "HAS_DELTA": True}
-            yield f"add_norm {dtype} {size}", fused._add_norm_kernel, types, norm, 8
+            types = dict.fromkeys(("hidden", "delta", "weight", "out"), f"*{dtype}")
+            types |= {"scales": "*fp32", "eps": "fp32"}
+            padded = {"SIZE": size, "SIZE_PAD": triton.next_power_of_2(size)}
+            for out, is_fp8 in ((f"*{dtype}", False), ("*fp8e4nv", True)):
+                name, norm = f"add_norm {dtype} {size}" + " to fp8" * is_fp8, {"HAS_DELTA": True, "IS_FP8": is_fp8}
+                yield name, fused._add_norm_kernel, types | {"out": out}, padded | norm, 8
+        for size, num_warps in ((4096, 8), (14336, 16)):
+            types = {"rows": f"*{dtype}", "out": "*fp8e4nv", "scales": "*fp32"}
+            padded = {"SIZE": size, "SIZE_PAD": triton.next_power_of_2(size)}
+            yield f"quantise {dtype} {size}", fused._quantise_kernel, types, padded, num_warps
         types = {"gate_up": f"*{dtype}", "out": f"*{dtype}"}
         yield f"silu_mul {dtype}", fused._silu_mul_kernel, types, {"SIZE": 14336, "COLUMNS": 1024}, 4
         names = ("qkv", "query", "keys", "pool", "q_norm", "k_norm", "cos_sin")
@@ -67,8 +77,10 @@ def variants() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], int]]
                 "HAS_NORM": has_norm,
                 "KEEPS_KEYS": keeps_keys,
             }
-            types = dict.fromkeys(names, f"*{dtype}") | {"eps": "fp32"}
-            yield f"write_qkv {dtype} norm {has_norm} keys {keeps_keys}", fused._write_qkv_kernel, types, qkv, 4
+            types = dict.fromkeys(names, f"*{dtype}") | dict.fromkeys(("eps", "k_inverse", "v_inverse"), "fp32")
+            for pool, is_fp8 in ((f"*{dtype}", False), ("*fp8e4nv", True)):
+                name = f"write_qkv {dtype} norm {has_norm} keys {keeps_keys}" + " to fp8" * is_fp8
+                yield name, fused._write_qkv_kernel, types | {"pool": pool}, qkv | {"IS_FP8": is_fp8}, 4
         types = {
             "logits": f"*{dtype}",
             "stride": "i32",

@@ -23,6 +23,9 @@ class FakeDevice:
         """Pieces of work that are not done."""
         return len(self._queue) - self._num_done
 
+    def check_fp8(self) -> None:
+        """See Device: it can."""
+
     def host_ints(self, count: int) -> Tensor:
         """See Device."""
         return torch.zeros(count, dtype=torch.int32)

@@ -15,19 +15,21 @@ from engine.attention.reference import ReferenceAttention
 from engine.cuda.kernels.attention import decode_attention, prefill_attention, prefill_rows
 from engine.cuda.kernels.fused import add_rms_norm, silu_mul, write_qkv
 from engine.cuda.kernels.sampling import choose_tokens
+from engine.kv_pool import FP8
 from engine.layers.norm import rms_norm
 from engine.layers.rope import rotate
 from engine.sampler import noise_key, sample
 from engine.types import BatchEntry, SampleSpec
 
 DTYPES = (torch.float32, torch.bfloat16)
+POOL_DTYPES = (*DTYPES, FP8)  # queries of a pool in fp8 are bfloat16
 
 
 class TensorPool:
     """One layer of random KV; slots that no sequence owns hold NaN."""
 
     def __init__(self, num_blocks: int, kv_heads: int, block_size: int, dim: int, dtype: torch.dtype) -> None:
-        self.kv = torch.full((num_blocks, 2, kv_heads, block_size, dim), float("nan"), dtype=dtype)
+        self.kv = torch.full((num_blocks, 2, kv_heads, block_size, dim), float("nan")).to(dtype)
 
     def layer(self, layer: int) -> Tensor:
         """See KVPool."""
@@ -38,6 +40,7 @@ class TensorPool:
 class Batch:
     """Sequences with `lengths` tokens each, of which the last `new` are this step's."""
 
+    kv_scales: tuple[float, float]
     pool: TensorPool
     entries: list[BatchEntry]
     query: Tensor
@@ -62,13 +65,18 @@ class Batch:
             entries.append(BatchEntry(AttemptId(str(index)), start, [0] * new, table))
             begins.append(begin)
             begin += count
-        query = torch.randn(sum(new for _, new in spans), heads, dim).to(dtype)
-        return Batch(pool, entries, query, ints(order), ints(begins))
+        is_fp8 = dtype == FP8
+        query = torch.randn(sum(new for _, new in spans), heads, dim).to(torch.bfloat16 if is_fp8 else dtype)
+        return Batch((0.6, 1.7) if is_fp8 else (1.0, 1.0), pool, entries, query, ints(order), ints(begins))
 
     def expected(self, window: int | None) -> Tensor:
-        reference = ReferenceAttention(self.pool, (window,))
+        pool = self.pool
+        if pool.kv.dtype == FP8:
+            pool = TensorPool(0, 0, 0, 0, torch.float32)
+            pool.kv = self.pool.kv.float() * torch.tensor(self.kv_scales).view(2, 1, 1, 1)
+        reference = ReferenceAttention(pool, (window,))
         reference.begin_step(self.entries)
-        return reference.attend(0, self.query)
+        return reference.attend(0, self.query.to(pool.kv.dtype)).to(self.query.dtype)
 
 
 def ints(values: list[int]) -> Tensor:
@@ -80,7 +88,7 @@ def close(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual.cpu(), expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", POOL_DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "dim", "block_size", "num_splits", "window"),
     [
@@ -116,12 +124,13 @@ def test_decode_attention_is_the_references(
         window=window,
         num_splits=num_splits,
         out=actual,
+        kv_scales=batch.kv_scales,
     )
     close(actual[:-1], batch.expected(window))
     assert not actual[-1].any()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", POOL_DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "dim", "block_size", "window"),
     [(2, 2, 64, 16, None), (6, 2, 64, 16, None), (8, 2, 128, 64, None), (4, 1, 64, 16, 30), (2, 1, 96, 64, None)],
@@ -131,7 +140,7 @@ def test_prefill_attention_is_the_references(
 ) -> None:
     spans = [(0, 17), (16, 40), (63, 2), (100, 33)]  # fresh, behind a whole block, over an edge, behind a long prefix
     batch = Batch.make(spans, heads=heads, kv_heads=kv_heads, dim=dim, block_size=block_size, dtype=dtype)
-    each = prefill_rows(heads // kv_heads, dim, dtype) // (heads // kv_heads)
+    each = prefill_rows(heads // kv_heads, dim, batch.query.dtype) // (heads // kv_heads)
     tiles = [(seq, first) for seq, (_, new) in enumerate(spans) for first in range(0, new, each)]
     rows = [sum(new for _, new in spans[:seq]) for seq in range(len(spans))]
     out = torch.full_like(batch.query, float("nan")).to(DEVICE)
@@ -144,6 +153,7 @@ def test_prefill_attention_is_the_references(
         batch.table_begin,
         window=window,
         out=out,
+        kv_scales=batch.kv_scales,
     )
     close(out, batch.expected(window))
 

@@ -33,7 +33,8 @@ def _attend_kernel(
     seq_new,  # [num_seqs]: how many new tokens
     tables,  # block tables, one after the other
     table_begin,  # [num_seqs]: where in `tables` a sequence's begins
-    scale,  # of the scores, for powers of two
+    scale,  # of the scores, for powers of two; that of stored keys included
+    value_scale,  # of stored values
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -96,8 +97,7 @@ def _attend_kernel(
         is_read = is_key[:, None] & is_dim[None, :]
         k = tl.load(pool + slot[:, None] + dim[None, :], mask=is_read, other=0.0)
         v = tl.load(pool + slot[:, None] + (HALF + dim)[None, :], mask=is_read, other=0.0)
-        if FLOAT32_DOT:
-            k = k.to(tl.float32)
+        k = k.to(q.dtype)  # from fp8, or it is that already
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         is_seen = is_key[None, :] & (key[None, :] <= position[:, None])
         if WINDOW > 0:
@@ -108,13 +108,11 @@ def _attend_kernel(
         weights = tl.exp2(scores - base[:, None])
         shrink = tl.exp2(best - base)
         total = total * shrink + tl.sum(weights, 1)
-        if FLOAT32_DOT:
-            part = tl.dot(weights, v.to(tl.float32), input_precision="ieee")
-        else:
-            part = tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+        part = tl.dot(weights.to(q.dtype), v.to(q.dtype), input_precision="ieee")
         acc = acc * shrink[:, None] + part
         best = new_best
 
+    acc = acc * value_scale
     if NUM_SPLITS == 1:
         value = acc / tl.where(total == 0.0, 1.0, total)[:, None]
         keep = (token < TOKENS) & (first_new + token < num_new)  # rows of absent sequences become zeros
@@ -165,10 +163,12 @@ def decode_attention(
     window: int | None,
     num_splits: int,
     out: Tensor,
+    kv_scales: tuple[float, float] = (1.0, 1.0),
 ) -> None:
     """Attention of one new token per sequence, [num_seqs, heads, head_dim], into `out`, which is like it.
 
-    `pool` is a layer, [num_blocks, 2, kv_heads, block_size, head_dim]; `starts` [num_seqs] int32 the tokens' positions,
+    `pool` is a layer, [num_blocks, 2, kv_heads, block_size, head_dim], in the dtype of `query` or in fp8; its keys and
+    values are what is stored times `kv_scales`. `starts` [num_seqs] int32 the tokens' positions,
     negative for a row that is only padding, whose result is zero; `tables` int32 all block tables, of which sequence
     s has its own from `table_begin[s]` on. `num_splits` is a power of two; the grid does not depend on the context, so
     a CUDA graph may hold the launch.
@@ -187,6 +187,7 @@ def decode_attention(
         window=window,
         num_splits=num_splits,
         is_decode=True,
+        kv_scales=kv_scales,
         num_warps=4,
     )
     if is_split:
@@ -212,6 +213,7 @@ def prefill_attention(
     *,
     window: int | None,
     out: Tensor,
+    kv_scales: tuple[float, float] = (1.0, 1.0),
 ) -> None:
     """Causal attention of prompt chunks over all KV of their sequences, cached prefixes included, into `out`.
 
@@ -228,6 +230,7 @@ def prefill_attention(
         window=window,
         num_splits=1,
         is_decode=False,
+        kv_scales=kv_scales,
         num_warps=8,
     )
 
@@ -241,13 +244,15 @@ def _launch(
     window: int | None,
     num_splits: int,
     is_decode: bool,
+    kv_scales: tuple[float, float],
     num_warps: int,
 ) -> None:
     query, pool = tensors[:2]
     kv_heads, block_size, dim = pool.shape[2:]
     _attend_kernel[grid](
         *tensors,
-        _LOG2_E / math.sqrt(dim),
+        _LOG2_E / math.sqrt(dim) * kv_scales[0],
+        kv_scales[1],
         kv_heads,
         query.shape[1] // kv_heads,
         dim,

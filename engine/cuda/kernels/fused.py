@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from engine.kv_pool import FP8
+
 
 @triton.jit
 def _rounded(value, dtype: tl.constexpr):
@@ -17,15 +19,31 @@ def _rounded(value, dtype: tl.constexpr):
 
 
 @triton.jit
+def _saturated(value, dtype: tl.constexpr):
+    """float32 in fp8: what is too large becomes the largest number, and only NaN becomes NaN."""
+    value = tl.where(value > 448.0, 448.0, value)
+    return tl.where(value < -448.0, -448.0, value).to(dtype)
+
+
+@triton.jit
+def _quantised(row, dtype: tl.constexpr):
+    """A row of float32 in fp8, its largest at 448, and what multiplies it."""
+    scale = tl.maximum(tl.max(tl.abs(row), 0), 1e-12) / 448.0
+    return _saturated(row / scale, dtype), scale
+
+
+@triton.jit
 def _add_norm_kernel(
     hidden,  # [num_tokens, SIZE]
     delta,  # like hidden, where HAS_DELTA
     weight,  # [SIZE]
-    out,  # like hidden
+    out,  # like hidden, or fp8
+    scales,  # [num_tokens] float32, where IS_FP8
     eps,
     SIZE: tl.constexpr,
     SIZE_PAD: tl.constexpr,
     HAS_DELTA: tl.constexpr,
+    IS_FP8: tl.constexpr,  # the result
 ):
     dtype: tl.constexpr = hidden.dtype.element_ty
     column = tl.arange(0, SIZE_PAD)
@@ -37,25 +55,76 @@ def _add_norm_kernel(
         tl.store(hidden + at, x.to(dtype), mask=is_column)
     x = _rounded(x * tl.rsqrt(tl.sum(x * x, 0) / SIZE + eps), dtype)
     scaled = x * tl.load(weight + column, mask=is_column, other=0.0).to(tl.float32)
-    tl.store(out + at, scaled.to(dtype), mask=is_column)
+    if IS_FP8:
+        in_fp8, scale = _quantised(_rounded(scaled, dtype), out.dtype.element_ty)
+        tl.store(out + at, in_fp8, mask=is_column)
+        tl.store(scales + tl.program_id(0), scale)
+    else:
+        tl.store(out + at, scaled.to(dtype), mask=is_column)
 
 
 def add_rms_norm(hidden: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
     """Add `delta` to `hidden` [num_tokens, size] in place, and return the norm of the sum (engine.layers.norm)."""
     out = torch.empty_like(hidden)
+    _add_norm(hidden, delta, weight, eps, out, None)
+    return out
+
+
+def add_rms_norm_fp8(hidden: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The same, then `quantise_rows` of it."""
+    out, scales = _fp8_like(hidden)
+    _add_norm(hidden, delta, weight, eps, out, scales)
+    return out, scales
+
+
+def _fp8_like(rows: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(rows, dtype=FP8), torch.empty(len(rows), 1, dtype=torch.float32, device=rows.device)
+
+
+def _add_norm(
+    hidden: Tensor, delta: Tensor | None, weight: Tensor, eps: float, out: Tensor, scales: Tensor | None
+) -> None:
     size = hidden.shape[1]
     _add_norm_kernel[(len(hidden),)](
         hidden,
         hidden if delta is None else delta,
         weight,
         out,
+        weight if scales is None else scales,
         eps,
         size,
         triton.next_power_of_2(size),
         delta is not None,
+        scales is not None,
         num_warps=8 if size > 2048 else 4,
     )
-    return out
+
+
+@triton.jit
+def _quantise_kernel(
+    rows,  # [num_rows, SIZE]
+    out,  # the same in fp8
+    scales,  # [num_rows] float32
+    SIZE: tl.constexpr,
+    SIZE_PAD: tl.constexpr,
+):
+    column = tl.arange(0, SIZE_PAD)
+    is_column = column < SIZE
+    at = tl.program_id(0).to(tl.int64) * SIZE + column
+    row = tl.load(rows + at, mask=is_column, other=0.0).to(tl.float32)
+    in_fp8, scale = _quantised(row, out.dtype.element_ty)
+    tl.store(out + at, in_fp8, mask=is_column)
+    tl.store(scales + tl.program_id(0), scale)
+
+
+def quantise_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """`rows` [num_rows, size], contiguous, in fp8, the largest of each at 448, and their scales [num_rows, 1] float32."""
+    out, scales = _fp8_like(rows)
+    size = rows.shape[1]
+    _quantise_kernel[(len(rows),)](
+        rows, out, scales, size, triton.next_power_of_2(size), num_warps=16 if size > 8192 else 8 if size > 2048 else 4
+    )
+    return out, scales
 
 
 @triton.jit
@@ -93,6 +162,8 @@ def _write_qkv_kernel(
     tables,
     table_begin,  # [num_seqs]
     eps,
+    k_inverse,  # what multiplies a key before it is stored, where IS_FP8
+    v_inverse,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -101,6 +172,7 @@ def _write_qkv_kernel(
     HEADS_EACH: tl.constexpr,
     HAS_NORM: tl.constexpr,
     KEEPS_KEYS: tl.constexpr,
+    IS_FP8: tl.constexpr,  # the pool
 ):
     dtype: tl.constexpr = qkv.dtype.element_ty
     HALF: tl.constexpr = HEAD_DIM // 2
@@ -144,6 +216,10 @@ def _write_qkv_kernel(
         tl.store(to_key, left, mask=is_in & is_key)
         tl.store(to_key + HALF, right, mask=is_in & is_key)
 
+    if IS_FP8:
+        inverse = tl.where(head < HEADS + KV_HEADS, k_inverse, v_inverse)[:, None]
+        left = _saturated(left.to(tl.float32) * inverse, pool.dtype.element_ty)
+        right = _saturated(right.to(tl.float32) * inverse, pool.dtype.element_ty)
     is_written = is_in & (head >= HEADS)[:, None] & (position >= 0)
     table = tables + tl.load(table_begin + tl.load(token_seq + token))
     block = tl.load(table + tl.maximum(position, 0) // BLOCK_SIZE, mask=position >= 0, other=0).to(tl.int64)
@@ -165,6 +241,7 @@ def write_qkv(
     table_begin: Tensor,
     *,
     eps: float,
+    kv_scales: tuple[float, float] = (1.0, 1.0),
     keys: Tensor | None = None,
 ) -> Tensor:
     """Norm (if `norms`: of queries, of keys) and rotate queries and keys, write KV to the pool, return the queries.
@@ -172,7 +249,8 @@ def write_qkv(
     `qkv` is [num_tokens, (heads + 2 * kv_heads) * head_dim], contiguous: queries, keys, values; `cos_sin`
     [max_positions, 2, head_dim / 2] in its dtype. `positions` [num_tokens], negative where nothing is to be written,
     and `token_seq` [num_tokens], the sequence of each, are int32; `tables` and `table_begin` as in `decode_attention`.
-    `keys` [num_tokens, kv_heads, head_dim], if given, gets what the pool gets as keys, of every token.
+    A pool in fp8 gets keys and values divided by `kv_scales`, and the largest number for what is too large for it.
+    `keys` [num_tokens, kv_heads, head_dim], if given, gets the keys of every token, in the dtype of `qkv`.
     """
     kv_heads, block_size, dim = pool.shape[2:]
     heads = qkv.shape[1] // dim - 2 * kv_heads
@@ -192,6 +270,8 @@ def write_qkv(
         tables,
         table_begin,
         eps,
+        1.0 / kv_scales[0],
+        1.0 / kv_scales[1],
         heads,
         kv_heads,
         dim,
@@ -200,5 +280,6 @@ def write_qkv(
         each,
         norms is not None,
         keys is not None,
+        pool.dtype == FP8,
     )
     return query

@@ -17,7 +17,7 @@ from engine.engine import LocalEngine
 from engine.native import NativeRunner
 from engine.overlap import OverlappingEngine
 from engine.types import EngineConfig
-from tests.support.audit import audit
+from tests.support.drive import join_one_by_one
 from tests.support.tiny_models import VOCAB_SIZE, edit_config, make_model, random_prompt
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
@@ -44,33 +44,18 @@ def requests(vocab_size: int, num_requests: int = 40) -> list[GenerateRequest]:
     return found
 
 
-def tokens(engine: LocalEngine, asked: list[GenerateRequest]) -> dict[str, list[int]]:
-    """Requests join one by one while others decode."""
-    found: dict[str, list[int]] = {request.attempt_id: [] for request in asked}
-    waiting = list(reversed(asked))
-    while waiting or engine.has_work():
-        if waiting:
-            engine.add(waiting.pop())
-        result = engine.step()
-        assert not result.failed
-        for event in result.events:
-            found[event.attempt_id].append(event.token_id)
-    audit(engine)
-    return found
-
-
 def compare(model_dir: Path, vocab_size: int, *, block_size: int = 16, num_blocks: int = 96) -> None:
     sizes = {**SIZES, "num_blocks": num_blocks * 16 // block_size, "block_size": block_size}
     config = EngineConfig(vocab_size=vocab_size, max_model_len=512, **sizes)
     hasher = PrefixHasher(b"x", "")
     pool = {"num_blocks": config.num_blocks, "block_size": block_size, "dtype": "float32"}
     reference = NativeRunner(model_dir, backend="reference", **pool)
-    expected = tokens(LocalEngine(config, reference, hasher, SystemClock()), requests(vocab_size))
+    expected = join_one_by_one(LocalEngine(config, reference, hasher, SystemClock()), requests(vocab_size))
     reference.close()
     runner = NativeRunner(model_dir, device="cuda", max_num_seqs=16, **pool)  # larger batches run without a graph
     assert runner.overlapping is not None
     engine = OverlappingEngine(config, runner, hasher, SystemClock(), runner.overlapping)
-    assert tokens(engine, requests(vocab_size)) == expected
+    assert join_one_by_one(engine, requests(vocab_size)) == expected
     runner.close()
 
 

@@ -1,12 +1,14 @@
-"""Drives a Runner with hand-made plans: sequences with fixed blocks, no scheduler."""
+"""Drives a Runner with hand-made plans (sequences with fixed blocks, no scheduler), or an engine with requests."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from baton.request import AttemptId, SamplingParams
+from baton.request import AttemptId, GenerateRequest, SamplingParams
+from engine.engine import LocalEngine
 from engine.types import BatchEntry, Runner, Sampled, SampleSpec, StepHook, StepPlan
+from tests.support.audit import audit
 
 GREEDY = SamplingParams(temperature=0)
 
@@ -56,3 +58,18 @@ def generate(runner: Runner, prompt: Sequence[int], num_tokens: int, chunk: int 
     while len(sequence.sampled) < num_tokens:
         run_step(runner, [sequence], chunk)
     return sequence.output
+
+
+def join_one_by_one(engine: LocalEngine, requests: Sequence[GenerateRequest]) -> dict[AttemptId, list[int]]:
+    """The tokens of every request, when one joins at each step while others decode. Nothing is left in `engine`."""
+    found: dict[AttemptId, list[int]] = {request.attempt_id: [] for request in requests}
+    waiting = list(reversed(requests))
+    while waiting or engine.has_work():
+        if waiting:
+            engine.add(waiting.pop())
+        result = engine.step()
+        assert not result.failed
+        for event in result.events:
+            found[event.attempt_id].append(event.token_id)
+    audit(engine)
+    return found

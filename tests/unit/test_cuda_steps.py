@@ -31,8 +31,7 @@ from engine.overlap import OverlappingEngine
 from engine.sampler import _threshold
 from engine.types import PENDING, BatchEntry, EngineConfig, SampleSpec, StepPlan
 from engine.weights import Checkpoint
-from tests.support.audit import audit
-from tests.support.drive import generate
+from tests.support.drive import generate, join_one_by_one
 from tests.support.fake_device import FakeDevice
 from tests.support.tiny_models import VOCAB_SIZE, edit_config, make_model, random_prompt
 
@@ -210,21 +209,8 @@ class Overlapped:
         return OverlappingEngine(self.config, self.reference, PrefixHasher(b"x", ""), ManualClock(), self.steps)
 
     def answers(self, requests: list[GenerateRequest]) -> dict[AttemptId, list[int]]:
-        return run(LocalEngine(self.config, self.reference, PrefixHasher(b"x", ""), ManualClock()), requests)
-
-
-def run(engine: LocalEngine, requests: list[GenerateRequest]) -> dict[AttemptId, list[int]]:
-    found: dict[AttemptId, list[int]] = {request.attempt_id: [] for request in requests}
-    waiting = list(reversed(requests))
-    while waiting or engine.has_work():
-        if waiting:
-            engine.add(waiting.pop())
-        result = engine.step()
-        assert not result.failed
-        for event in result.events:
-            found[event.attempt_id].append(event.token_id)
-    audit(engine)
-    return found
+        engine = LocalEngine(self.config, self.reference, PrefixHasher(b"x", ""), ManualClock())
+        return join_one_by_one(engine, requests)
 
 
 def asked(name: str, prompt_seed: int, length: int, **params: Any) -> GenerateRequest:
@@ -246,7 +232,7 @@ def test_an_overlapped_engine_on_graphs_gives_the_references_tokens(tmp_path: Pa
     parts.steps.capture_all()
     assert parts.device.num_captured == 3  # 1, 2, 4
     assert not parts.pool.flat.any()  # the warm-up wrote nothing
-    assert run(parts.engine(), requests) == parts.answers(requests)
+    assert join_one_by_one(parts.engine(), requests) == parts.answers(requests)
     assert parts.steps.num_replays >= 4
 
 
@@ -255,7 +241,7 @@ def test_a_window_and_a_model_without_qk_norm_agree_with_the_reference(tmp_path:
     edit_config(model_dir, sliding_window=20)
     parts = Overlapped(model_dir)
     requests = [asked("a", 1, 45, max_tokens=3), asked("b", 2, 19, max_tokens=3)]
-    assert run(parts.engine(), requests) == parts.answers(requests)
+    assert join_one_by_one(parts.engine(), requests) == parts.answers(requests)
     assert parts.steps.num_replays == 0  # nothing was captured
 
 

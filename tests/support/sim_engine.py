@@ -49,16 +49,16 @@ class TpSimRunner:
             rank.close()
 
 
-class SimEngine(LocalEngine):
-    """A LocalEngine that keeps its ranks and events at hand for tests."""
+class RecordedEngine(LocalEngine):
+    """A LocalEngine over a simulated runner that keeps its ranks and events at hand for tests."""
 
-    def __init__(self, num_blocks: int = 64, block_size: int = 16, tp_size: int = 1, **config: Any) -> None:
-        self.runner = TpSimRunner(num_blocks, block_size, tp_size)
+    def __init__(self, runner: TpSimRunner, *more: Any, **config: Any) -> None:
+        """`more`: what another kind of LocalEngine takes after the arguments of this one."""
+        self.runner = runner
+        geometry, model = runner.layout.geometry, runner.layout.model
         settings = {"vocab_size": VOCAB_SIZE, "max_model_len": 4096, **config}
-        hasher = PrefixHasher(b"secret", self.runner.layout.model.fingerprint)
-        super().__init__(
-            EngineConfig(block_size=block_size, num_blocks=num_blocks, **settings), self.runner, hasher, ManualClock()
-        )
+        sizes = EngineConfig(block_size=geometry.block_size, num_blocks=geometry.num_blocks, **settings)
+        super().__init__(sizes, runner, PrefixHasher(b"secret", model.fingerprint), ManualClock(), *more)
         self.events: dict[AttemptId, list[TokenEvent]] = {}
 
     def step_once(self) -> list[TokenEvent]:
@@ -74,12 +74,21 @@ class SimEngine(LocalEngine):
             self.step_once()
 
     def tokens(self, attempt_id: AttemptId) -> list[int]:
-        """What the attempt generated here so far."""
-        return [event.token_id for event in self.events.get(attempt_id, [])]
+        """What the attempt generated here so far: none is missing, and none is there twice."""
+        found = self.events.get(attempt_id, [])
+        assert not found or [event.index for event in found] == list(range(found[0].index, found[-1].index + 1))
+        return [event.token_id for event in found]
 
     def finish_reason(self, attempt_id: AttemptId) -> FinishReason | None:
         """That of its last event."""
         return self.events[attempt_id][-1].finish_reason
+
+
+class SimEngine(RecordedEngine):
+    """One step after the other."""
+
+    def __init__(self, num_blocks: int = 64, block_size: int = 16, tp_size: int = 1, **config: Any) -> None:
+        super().__init__(TpSimRunner(num_blocks, block_size, tp_size), **config)
 
 
 def request(

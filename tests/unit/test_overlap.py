@@ -8,44 +8,22 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from baton.clock import ManualClock
-from baton.prefix_hash import PrefixHasher
-from baton.request import AttemptId, FinishReason, TokenEvent
+from baton.request import AttemptId, FinishReason
 from engine.overlap import OverlappingEngine
-from engine.types import EngineConfig
 from tests.support.audit import audit, audit_ledger
 from tests.support.deferred_runner import DeferredRunner
-from tests.support.sim_engine import VOCAB_SIZE, SimEngine, TpSimRunner, alone, copy_kv, prompt, request
+from tests.support.sim_engine import VOCAB_SIZE, RecordedEngine, SimEngine, TpSimRunner, alone, copy_kv, prompt, request
 
 
-class OverlappedSim(OverlappingEngine):
+class OverlappedSim(RecordedEngine, OverlappingEngine):
     """An OverlappingEngine over a simulated runner whose steps run as late as they may."""
 
     def __init__(
         self, num_blocks: int = 64, block_size: int = 16, *, fail: AttemptId | None = None, **config: Any
     ) -> None:
-        self.runner = TpSimRunner(num_blocks, block_size)
-        self.deferred = DeferredRunner(self.runner, fail=fail)
-        hasher = PrefixHasher(b"secret", self.runner.layout.model.fingerprint)
-        settings = {"vocab_size": VOCAB_SIZE, "max_model_len": 4096, **config}
-        sizes = EngineConfig(block_size=block_size, num_blocks=num_blocks, **settings)
-        super().__init__(sizes, self.runner, hasher, ManualClock(), self.deferred)
-        self.events: dict[AttemptId, list[TokenEvent]] = {}
-
-    def step_once(self) -> list[TokenEvent]:
-        events = self.step().events
-        for event in events:
-            self.events.setdefault(event.attempt_id, []).append(event)
-        return events
-
-    def drain(self) -> None:
-        while self.has_work():
-            self.step_once()
-
-    def tokens(self, attempt_id: AttemptId) -> list[int]:
-        found = self.events.get(attempt_id, [])
-        assert [event.index for event in found] == list(range(len(found)))
-        return [event.token_id for event in found]
+        runner = TpSimRunner(num_blocks, block_size)
+        self.deferred = DeferredRunner(runner, fail=fail)
+        super().__init__(runner, self.deferred, **config)
 
     def held_blocks(self) -> dict[str, int]:
         counts = self.stats().blocks_by_state

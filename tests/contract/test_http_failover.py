@@ -47,6 +47,17 @@ async def attempts(here: Site) -> int:
     return int(next(reversed(here.router.book._ring.values())).num_attempts)
 
 
+async def newest_trace(here: Site) -> dict[str, Any]:
+    """Of the last request that is over, once its workers have said what they measured."""
+    token, traces = {"authorization": worker_token(SECRET)}, []
+    async with asyncio.timeout(5):
+        while not traces:
+            traces = (await here.http.get("/internal/traces", headers=token)).json()["traces"]
+    trace = here.router.book.trace(traces[0]["request_id"])
+    assert trace is not None
+    return trace
+
+
 def survives(make: Callable[[], FakeCluster], num_attempts: int, wish: dict[str, Any] | None = None) -> None:
     """The whole text arrives, after so many attempts."""
 
@@ -409,12 +420,7 @@ def test_the_same_worker_at_another_address_is_a_new_start() -> None:
 def test_moments_that_come_after_the_last_token_are_in_the_trace() -> None:
     async def scenario(here: Site) -> None:
         assert await streamed(here) == (EXPECTED, "length")
-        token, traces = {"authorization": worker_token(SECRET)}, []
-        async with asyncio.timeout(5):
-            while not traces:
-                traces = (await here.http.get("/internal/traces", headers=token)).json()["traces"]
-        trace = here.router.book.trace(traces[0]["request_id"])
-        assert trace is not None
+        trace = await newest_trace(here)
         assert "runnable" in trace["moments_ms"]["decode-0"]
         assert trace["transfer_exposed_ms"] is not None
 
@@ -425,12 +431,7 @@ def test_moments_that_come_after_the_last_token_are_in_the_trace() -> None:
 def test_moments_of_another_clock_are_mapped_and_the_error_is_told(shift_s: float) -> None:
     async def scenario(here: Site) -> None:
         assert await streamed(here) == (EXPECTED, "length")
-        token, traces = {"authorization": worker_token(SECRET)}, []
-        async with asyncio.timeout(5):
-            while not traces:
-                traces = (await here.http.get("/internal/traces", headers=token)).json()["traces"]
-        trace = here.router.book.trace(traces[0]["request_id"])
-        assert trace is not None
+        trace = await newest_trace(here)
         error_ms = trace["clock_error_ms"]
         assert (error_ms > 0) == (shift_s != 0)
         moments = trace["moments_ms"]

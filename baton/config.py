@@ -50,6 +50,7 @@ class EngineSection(_Section):
     max_num_batched_tokens: int = Field(default=512, ge=16, le=65536)
     scheduling: Literal["decode_first", "prefill_first"] = "decode_first"  # who goes first into a step's token budget
     enable_prefix_caching: bool = True
+    prompt_attention: Literal["auto", "flash", "triton"] = "auto"  # on CUDA: who attends where no KV is before a prompt
     threads_per_rank: int = Field(default=1, ge=1, le=256)
 
 
@@ -153,12 +154,16 @@ class Config(_Section):
     def _supported(self) -> Config:
         if self.engine.device == "cuda":
             self._check_cuda()
-        if self.model.quantization is not None and self.engine.kind == "sim":
         elif self.engine.kv_dtype == "fp8":
             raise ValueError("engine.kv_dtype: fp8 is computed on a GPU only; leave it out, or add --device cuda")
         elif self.model.quantization == "fp8":
             raise ValueError("model.quantization: fp8 is computed on a GPU only; take int8, or add --device cuda")
+        if self.model.quantization is not None and self.engine.kind == "sim":
             raise ValueError("model.quantization: the simulated engine has no weights to quantize")
+        if self.engine.prompt_attention != "auto" and self.engine.device != "cuda":
+            raise ValueError(
+                "engine.prompt_attention: there is a choice on CUDA only; leave it out, or add --device cuda"
+            )
         if "cuda_ipc" in self.transfer.transports and (self.engine.device == "cpu" or self.engine.kind == "sim"):
             raise ValueError("transfer.transports: cuda_ipc needs an engine whose KV pool is on a CUDA device")
         if self.is_encrypted and "nixl" in self.transfer.transports:

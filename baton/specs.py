@@ -50,6 +50,8 @@ class RankSpec:
     cores: tuple[int, ...] = ()
     device: str = "cpu"
     """cpu or cuda."""
+    prompt_attention: str = "auto"
+    """auto, flash or triton."""
     transports: tuple[str, ...] = ("shm", "tcp")
     credit_bytes: int = 32 * 2**20
     lease_s: float = 10.0

@@ -299,6 +299,7 @@ class Orders:
             threads=engine.threads_per_rank,
             cores=plan.cores[tp_rank],
             device="cuda" if engine.device == "cuda" else "cpu",
+            prompt_attention=engine.prompt_attention,
             transports=config.kv_transports,
             credit_bytes=config.transfer.credit_bytes,
             lease_s=config.transfer.lease_s,

@@ -72,6 +72,7 @@ class NativeRunner:
         backend: str = "auto",
         quantization: str | None = None,
         max_num_seqs: int = 256,
+        prompt_attention: str = "auto",
         cuda_device: Device | None = None,
     ) -> None:
         """Load this rank's shard and take its pool: `num_blocks` blocks, or as many as fit in `kv_cache_bytes`.
@@ -85,6 +86,9 @@ class NativeRunner:
         With `device` "cuda" (or "cuda:N") the pool lies on the GPU and `backend` "fast" or "auto" is engine.cuda, whose decode steps
         of up to `max_num_seqs` sequences are graphs; "reference" is plain torch on the GPU. `kv_dtype` "fp8", which only
         engine.cuda computes, stores KV as e4m3 instead of `dtype`. `cuda_device` (tests) takes the place of torch.cuda.
+
+        `prompt_attention` says who computes prompts without KV before them, on CUDA: "flash", "triton", or "auto", which
+        is FlashAttention where it is installed and fits.
 
         Raises:
             CudaUnavailable: `device` is "cuda", and torch finds none, or there is no triton, or it can not do fp8.
@@ -113,6 +117,8 @@ class NativeRunner:
             from engine.cuda.device import CudaDevice
 
             cuda_device = cuda_device or CudaDevice(int(ordinal or 0))
+        if prompt_attention != "auto" and (cuda_device is None or backend == "reference"):
+            raise ValueError(f"prompt_attention {prompt_attention} needs device cuda and its kernels")
         if cuda_device is not None and is_fp8:
             cuda_device.check_fp8()
         if load_format not in LOAD_FORMATS:
@@ -148,7 +154,7 @@ class NativeRunner:
         self._device_memory: DeviceMemory | None = None
         if cuda_device is not None:
             fp8 = quantization == "fp8"
-            self._load_on(cuda_device, weights, dtype, backend, max_num_seqs, fp8=fp8)
+            self._load_on(cuda_device, weights, dtype, backend, max_num_seqs, prompt_attention, fp8=fp8)
             self._is_closed = False
             return
         self._pool = MemfdPool(self.layout)
@@ -183,11 +189,13 @@ class NativeRunner:
         dtype: str,
         backend: str,
         max_num_seqs: int,
+        prompt_attention: str,
         *,
         fp8: bool,
     ) -> None:
         """The pool and the model on a CUDA device."""
         from engine.cuda.decoder import FusedDecoder
+        from engine.cuda.flash import PromptShape, choose
         from engine.cuda.pool import DevicePool
         from engine.cuda.steps import CudaSteps
 
@@ -200,6 +208,13 @@ class NativeRunner:
             )
             self._attention = ReferenceAttention(pool, self.config.windows)
             return
+        shape = PromptShape(
+            num_heads=self.config.num_heads // self._comm.size,
+            num_kv_heads=pool.layer(0).shape[2],
+            head_dim=self.config.head_dim,
+            dtype=TORCH_DTYPES[dtype],
+            windows=self.config.windows,
+        )
         decoder = FusedDecoder(
             self.config,
             weights,
@@ -208,6 +223,7 @@ class NativeRunner:
             pool=pool,
             device=device,
             fp8=fp8,
+            prompt_attention=choose(prompt_attention, shape, pool.layer(0).dtype, device.torch_device),
         )
         geometry = self.layout.geometry
         max_blocks = min(-(-self.config.max_position_embeddings // geometry.block_size), geometry.num_blocks)

@@ -81,6 +81,7 @@ def _load_native(spec: RankSpec) -> LoadedModel:
         quantization=spec.model.quantization,
         device=device,
         max_num_seqs=spec.max_num_seqs,
+        prompt_attention=spec.prompt_attention,
     )
     return LoadedModel(runner, max_model_len, config.vocab_size, config.eos_token_ids, runner.overlapping)
 

@@ -63,9 +63,9 @@ def plain_attention(
     distance = place[:, None] - place
     is_seen = (distance >= 0) & (distance < (longest if window is None else window))
     for begin, end in pairwise(bounds.tolist()):
-        one = [part[begin:end].transpose(0, 1)[None] for part in (query, key, value)]
+        q, k, v = (part[begin:end].transpose(0, 1)[None] for part in (query, key, value))
         mask = is_seen[: end - begin, : end - begin]
-        out[begin:end] = scaled_dot_product_attention(*one, attn_mask=mask, enable_gqa=True)[0].transpose(0, 1)
+        out[begin:end] = scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)[0].transpose(0, 1)
     return out
 
 

@@ -99,6 +99,13 @@ def test_what_cuda_does_not_do_yet_is_refused_by_the_configuration(settings: tup
         configure("--device", "cuda", *settings)
 
 
+def test_who_computes_prompts_is_a_choice_on_cuda_alone() -> None:
+    choice = ("--set", "engine.prompt_attention=triton")
+    assert configure("--device", "cuda", *choice).engine.prompt_attention == "triton"
+    with pytest.raises(ValueError, match=r"engine\.prompt_attention: there is a choice on CUDA only"):
+        configure(*choice)
+
+
 def test_kv_on_a_cuda_device_travels_by_cuda_ipc() -> None:
     assert configure("--device", "cuda").kv_transports == ("cuda_ipc",)
 

@@ -95,6 +95,14 @@ def test_one_switch_encrypts_every_rank_every_front_and_the_router(tmp_path: Pat
         assert from_json(RouterSpec, router.spec).encrypt == (encryption == "tls")
 
 
+def test_ranks_on_cuda_are_told_who_computes_prompts() -> None:
+    config = load_config(settings={"engine.device": "cuda", "engine.prompt_attention": "triton"})
+    plan = topology.plan_workers(config, [])[0]
+    order = Orders(config, _MODEL, _SECRET, Modules()).worker(plan, topology.worker_start(plan.worker_id, "00"))
+    rank = from_json(RankSpec, order.places[0].processes[0].spec)
+    assert (rank.device, rank.prompt_attention) == ("cuda", "triton")
+
+
 @pytest.mark.parametrize(("role", "package"), [("prefill", "prefill_worker"), ("mixed", "decode_worker")])
 def test_each_role_has_its_package(role: str, package: str) -> None:
     assert Modules().worker(role) == package

@@ -206,6 +206,7 @@ def _spec(shape: Shape, name: str, model_dir: Path, args: argparse.Namespace) ->
         site = {"PYTHONPATH": str(args.vllm_site)} if args.vllm_site else {}
         return ArmSpec(name, Path(args.vllm_python or sys.executable), "arm_vllm.py", cores, options, site)
     options |= {"device": args.arm_device, "backend": "auto", "tp_size": 1, "block_size": _BLOCK_SIZE}
+    options |= {"prompt_attention": args.prompt_attention}
     repository = {"PYTHONPATH": str(Path(__file__).parent.parent)}
     return ArmSpec(name, Path(sys.executable), "arm_baton.py", cores, options, repository)
 
@@ -288,6 +289,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--rows", nargs="+", default=[], help="names or patterns, such as 'decode/*'")
     parser.add_argument("--kv-gib", type=float, default=90.0, help="KV cache of each arm")
     parser.add_argument("--max-num-seqs", type=int, default=_MAX_SEQS)
+    parser.add_argument("--prompt-attention", choices=("auto", "flash", "triton"), default="auto", help="Baton's")
     parser.add_argument("--vllm-python", help="of an environment that has vLLM")
     parser.add_argument("--vllm-site", type=Path, help="a directory with vLLM for this Python")
     parser.add_argument("--tflops", type=float, default=788.0, help="dense bf16 of the device (default: one H200's)")

@@ -28,6 +28,7 @@ REPOSITORY: Final = Path(__file__).parent.parent
 _TESTS: Final = (
     ("kernels, small", "tests/unit/test_cuda_kernels.py"),
     ("kernels, serving sizes", "tests/gpu/test_cuda_kernels.py"),
+    ("FlashAttention for prompts", "tests/gpu/test_cuda_flash.py"),
     ("engine beside its reference", "tests/gpu/test_cuda_engine.py"),
     ("CUDA IPC", "tests/gpu/test_cuda_ipc.py"),
 )
@@ -71,7 +72,12 @@ def kernels(journal: Journal) -> None:
     """Ceilings by copy and by matrix product; attention by bytes or operations; the small kernels by bytes."""
     ceilings = measure_ceilings()
     journal.say(stage="kernels", **ceilings)
-    for figure in (*_decode_figures(ceilings), *_prefill_figures(ceilings), *_small_figures(ceilings)):
+    for figure in (
+        *_decode_figures(ceilings),
+        *_prefill_figures(ceilings),
+        *_prompt_figures(ceilings),
+        *_small_figures(ceilings),
+    ):
         journal.say(stage="kernels", **figure)
 
 
@@ -154,21 +160,9 @@ def _decode_figures(ceilings: dict[str, float]) -> Iterator[dict[str, Any]]:
 
 
 def _prefill_figures(ceilings: dict[str, float]) -> Iterator[dict[str, Any]]:
-    import torch
-
-    from engine.cuda.kernels.attention import prefill_attention, prefill_rows
-
     for batch, cached, new in ((16, 0, 512), (4, 0, 2048), (1, 0, 8192), (4, 2048, 512)):
         for block_size in (16, 64):
-            pool, tables, begins = _paged(batch, cached + new, 8, block_size)
-            query = torch.randn(batch * new, 32, 128, device="cuda", dtype=torch.bfloat16)
-            out = torch.empty_like(query)
-            each = prefill_rows(4, 128, torch.bfloat16) // 4
-            tiles = [(seq, first) for seq in range(batch) for first in range(0, new, each)]
-            tile_tensors = tuple(_ints([tile[part] for tile in tiles]) for part in (0, 1))
-            seqs = (_ints([seq * new for seq in range(batch)]), _ints([cached] * batch), _ints([new] * batch))
-            work = partial(prefill_attention, query, pool, tile_tensors, seqs, tables, begins, window=None, out=out)
-            seconds = _seconds(work, 10)
+            seconds = _seconds(_triton_prefill(batch, cached, new, 32, 8, block_size), 10)
             rate = batch * 4 * 32 * 128 * new * (cached + (new + 1) / 2) / seconds / 1e12
             yield {
                 "kernel": "prefill attention",
@@ -180,6 +174,60 @@ def _prefill_figures(ceilings: dict[str, float]) -> Iterator[dict[str, Any]]:
                 "tflops": round(rate, 1),
                 "of_product": round(rate / ceilings["tflops"], 3),
             }
+
+
+def _triton_prefill(
+    batch: int, cached: int, new: int, heads: int, kv_heads: int, block_size: int
+) -> Callable[[], object]:
+    import torch
+
+    from engine.cuda.kernels.attention import prefill_attention, prefill_rows
+
+    pool, tables, begins = _paged(batch, cached + new, kv_heads, block_size)
+    query = torch.randn(batch * new, heads, 128, device="cuda", dtype=torch.bfloat16)
+    out = torch.empty_like(query)
+    each = prefill_rows(heads // kv_heads, 128, torch.bfloat16) // (heads // kv_heads)
+    tiles = [(seq, first) for seq in range(batch) for first in range(0, new, each)]
+    tile_tensors = tuple(_ints([tile[part] for tile in tiles]) for part in (0, 1))
+    seqs = (_ints([seq * new for seq in range(batch)]), _ints([cached] * batch), _ints([new] * batch))
+    return partial(prefill_attention, query, pool, tile_tensors, seqs, tables, begins, window=None, out=out)
+
+
+def _prompt_figures(ceilings: dict[str, float]) -> Iterator[dict[str, Any]]:
+    """Prompts without KV before them: FlashAttention, each that is here, beside the Triton kernel; cuDNN as a yardstick."""
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.nn.functional import scaled_dot_product_attention
+
+    from engine.cuda.flash import IMPLEMENTATIONS, PromptAttention
+
+    flash: dict[str, PromptAttention] = {}
+    for name, load in IMPLEMENTATIONS.items():
+        try:
+            flash[name] = load()
+        except (ImportError, AttributeError, OSError, RuntimeError) as error:
+            yield {"kernel": "prompt attention", "by": name, "absent": str(error)}
+    for heads, kv_heads in ((32, 8), (40, 40)):
+        for batch, new in ((64, 128), (16, 512), (4, 2048), (1, 8192)):
+            qkv = torch.randn(batch * new, heads + 2 * kv_heads, 128, device="cuda", dtype=torch.bfloat16)
+            query, key = qkv[:, :heads].contiguous(), qkv[:, heads:-kv_heads].contiguous()
+            value, bounds = qkv[:, -kv_heads:], _ints([seq * new for seq in range(batch + 1)])
+            dense = [part.view(batch, new, -1, 128).transpose(1, 2) for part in (query, key, value.contiguous())]
+            cudnn = partial(scaled_dot_product_attention, *dense, is_causal=True, enable_gqa=True)
+            works: dict[str, Callable[[], object]] = {"Triton": _triton_prefill(batch, 0, new, heads, kv_heads, 64)}
+            works |= {name: partial(by, query, key, value, bounds, new, None) for name, by in flash.items()}
+            for name, work in (*works.items(), ("cuDNN, equal lengths", cudnn)):
+                figure = {"kernel": "prompt attention", "by": name, "heads": heads, "kv_heads": kv_heads}
+                figure |= {"batch": batch, "new": new}
+                try:
+                    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+                        seconds = _seconds(work, 10)
+                except (RuntimeError, ValueError) as error:
+                    yield figure | {"failed": str(error)[:200]}
+                    continue
+                rate = batch * 4 * heads * 128 * new * ((new + 1) / 2) / seconds / 1e12
+                share = round(rate / ceilings["tflops"], 3)
+                yield figure | {"us": round(seconds * 1e6, 1), "tflops": round(rate, 1), "of_product": share}
 
 
 def _small_figures(ceilings: dict[str, float]) -> Iterator[dict[str, Any]]:

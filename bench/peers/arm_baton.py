@@ -168,6 +168,7 @@ def make_runner(options: dict[str, Any], comm: Comm | None, cores: Sequence[int]
         device=options.get("device", "cpu"),
         load_format=options.get("load_format", "auto"),
         max_num_seqs=int(options.get("max_num_seqs", 256)),
+        prompt_attention=options.get("prompt_attention", "auto"),
     )
 
 

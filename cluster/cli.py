@@ -6,7 +6,6 @@ There are no defaults here: a flag of `serve` sets one key of baton/config.py, w
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import os
 import shutil
@@ -16,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from baton.command_line import Parser
 from loadtest import arguments as bench_arguments
 
 EXIT_FAILED: Final = 1
@@ -88,23 +88,9 @@ def _verbatim(value: object) -> object:
     return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else value
 
 
-class _Parser(argparse.ArgumentParser):
-    """A command's parser refuses what it does not know itself, under its own usage line; the top one would else."""
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As the base; never leaves a flag over."""
-        parsed, unknown = super().parse_known_args(args, namespace)
-        if unknown:
-            known = [text for action in self._actions for text in action.option_strings]
-            similar = difflib.get_close_matches(unknown[0].partition("=")[0], known, 1)
-            advice = f"; did you mean {similar[0]}?" if similar else f"; see `{self.prog} --help`"
-            self.error(f"unrecognized arguments: {' '.join(unknown)}{advice}")
-        return parsed, unknown
-
-
 def parser() -> argparse.ArgumentParser:
     """All commands and their flags."""
-    top = _Parser(prog="baton", description="Disaggregated prefill/decode serving of large language models.")
+    top = Parser(prog="baton", description="Disaggregated prefill/decode serving of large language models.")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     serve = commands.add_parser(

@@ -5,28 +5,17 @@ from __future__ import annotations
 import argparse
 import re
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import Final
+
+from baton.command_line import TerseParser
 
 MODES: Final = ("run", "goodput", "compare")
 _UNITS: Final = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line; argparse's own would print all flags above it."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"baton: {message}; see `{self.prog} --help`\n")
-
-    def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
-        found, unknown = super().parse_known_args(*args, **kwargs)
-        if unknown:
-            self.error(f"unrecognized arguments: {' '.join(unknown)}")
-        return found, unknown
-
-
 def add_to(bench: argparse.ArgumentParser) -> None:
     """Add modes and flags to the parser of `baton bench`."""
-    modes = bench.add_subparsers(dest="bench_mode", metavar="MODE", required=True, parser_class=_Parser)
+    modes = bench.add_subparsers(dest="bench_mode", metavar="MODE", required=True, parser_class=TerseParser)
     run = modes.add_parser("run", help="measure one load, or one after another (the default mode)", description=_RUN)
     goodput = modes.add_parser(
         "goodput", help="search the highest rate that keeps the objectives", description=_GOODPUT

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 from baton import auth
 from cluster import run_dir
 from cluster.run_dir import Server
+from loadtest.url import server_root
 
 _TIMEOUT_S: Final = 10.0
 
@@ -127,15 +128,10 @@ def wanted_url(arguments: argparse.Namespace) -> str | None:
     """
     if arguments.url is None:
         return None if arguments.port is None else f"http://127.0.0.1:{arguments.port}"
-    url = str(arguments.url)
     try:
-        parts = urlsplit(url)
-        is_url = parts.scheme in ("http", "https") and parts.hostname is not None and parts.port != 0
-    except ValueError:  # a port that is no number
-        is_url = False
-    if not is_url:
-        raise ClientError(f"{url}: not a URL such as http://127.0.0.1:8000")
-    return url.rstrip("/").removesuffix("/v1").rstrip("/")
+        return server_root(str(arguments.url))
+    except ValueError as error:
+        raise ClientError(str(error)) from error
 
 
 def is_at(server: Server, url: str) -> bool:

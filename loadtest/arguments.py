@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from baton.command_line import TerseParser
+from loadtest.url import server_root
 
 MODES: Final = ("run", "goodput", "compare")
 _UNITS: Final = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
@@ -118,8 +119,10 @@ def _budgets(text: str) -> list[int]:
 
 
 def _url(text: str) -> str:
-    """Without the /v1 that other tools want there."""
-    return text.rstrip("/").removesuffix("/v1").rstrip("/")
+    try:
+        return server_root(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _field(text: str) -> tuple[str, str]:

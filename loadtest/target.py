@@ -70,6 +70,7 @@ def discover(
 ) -> Target:
     """Ask the server what it serves and how long its prompts get. Blocks; a request or two are served for it.
 
+    `url`: the server's root, as `loadtest.url.server_root` gives it.
     `prompts`: "ids" (exact lengths), "text", or "auto": ids where the server can tokenize and the endpoint takes
     them. `options` are further fields of Target.
 
@@ -96,7 +97,7 @@ def discover(
         if not alphabet and prompts == "ids":
             raise TargetError(f"{url} has no /tokenize, which prompts of token ids need")
     target = Target(
-        url=url.rstrip("/") if endpoint != "grpc" else str(grpc),
+        url=url if endpoint != "grpc" else str(grpc),
         endpoint=endpoint,
         model=model,
         owner=owner,
@@ -120,8 +121,7 @@ class _Server:
 
     def ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
         parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or parts.hostname is None:
-            raise TargetError(f"{self.url}: not a URL such as http://127.0.0.1:8000")
+        assert parts.hostname is not None
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         connection = kind(parts.hostname, parts.port, timeout=_TIMEOUT_S)
         headers = {"content-type": "application/json"}
@@ -129,7 +129,7 @@ class _Server:
             headers["authorization"] = f"Bearer {self.api_key}"
         try:
             data = None if body is None else json.dumps(body)
-            connection.request(method, parts.path.rstrip("/") + path, data, headers)
+            connection.request(method, parts.path + path, data, headers)
             response = connection.getresponse()
             answer = response.read()
         except (OSError, http.client.HTTPException) as error:

@@ -90,6 +90,7 @@ def cli_status(*words: str) -> int:
         (("--rtae", "3"), "unrecognized arguments: --rtae 3; did you mean --rate?\n"),
         (("goodput", "--tolerence=0.1"), "did you mean --tolerance?\n"),
         (("compare", "--output", "d", "--bugdets", "64"), "did you mean --budgets?\n"),
+        (("--url", "localhost:8000"), "localhost:8000: not a URL such as http://127.0.0.1:8000; see"),
         (("goodput", "--tolerance", "0"), "see `baton bench goodput --help`"),
         (("compare", "--output", "d", "--budgets", "64,x"), "--budgets"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -81,12 +82,27 @@ class Chat:
         if arguments.temperature is not None:
             self._options["temperature"] = arguments.temperature
         self._messages: list[Message] = []
-        models = connection.get("/v1/models", self._headers)["data"]
+        models = self._models()
         if not models:
             raise ClientError(f"{connection.url} serves no model")
         self.model = str(models[0]["id"])
         if self.model == _SIM_MODEL_NAME:
             self._options.setdefault("max_tokens", _SIM_MAX_TOKENS)
+
+    def _models(self) -> list[dict[str, Any]]:
+        """What is served. Keys are tried here, so that a wrong one shows before any question is answered.
+
+        Raises:
+            ClientError: the API key, or the cluster's secret, which opens the waterfalls, is refused.
+        """
+        if self._connection.token is not None:
+            with contextlib.suppress(client.NotFound):  # nobody's request: it is the secret that matters
+                self._connection.ask("/internal/trace/none")
+        try:
+            return list(self._connection.get("/v1/models", self._headers)["data"])
+        except client.Refused as error:
+            whose = "refuses the API key" if self._headers else "wants an API key"
+            raise ClientError(f"{self.url} {whose} ({error}); set {_KEY_ENV} or give --api-key-file") from error
 
     @property
     def url(self) -> str:
@@ -150,10 +166,12 @@ class Chat:
 
 
 def _authorization(arguments: argparse.Namespace) -> dict[str, str]:
-    key = os.environ.get(_KEY_ENV)
+    key = os.environ.get(_KEY_ENV, "")
     if arguments.api_key_file is not None:
         try:
             key = Path(arguments.api_key_file).read_text().split(maxsplit=1)[0]
-        except (OSError, IndexError) as error:
-            raise ClientError(f"{arguments.api_key_file}: {error}") from error
-    return {} if key is None else {"authorization": f"Bearer {key}"}
+        except OSError as error:
+            raise ClientError(f"{arguments.api_key_file}: {error.strerror}") from error
+        except IndexError:
+            raise ClientError(f"{arguments.api_key_file}: there is no API key in it") from None
+    return {"authorization": f"Bearer {key}"} if key else {}

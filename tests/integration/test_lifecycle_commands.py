@@ -87,7 +87,25 @@ def test_a_url_of_a_server_that_is_not_ours_can_not_be_inspected(server: StubSer
     wrong = run(empty, "status", "--url", url, env={"BATON_CLUSTER_SECRET": "x" * 32})
     assert wrong.returncode == 1
     assert wrong.stderr.startswith(f"baton: {url} refuses the secret that is set (wrong token); set BATON_CLUSTER_")
+    asked = run(empty, "chat", "hi", "--url", url, env={"BATON_CLUSTER_SECRET": "x" * 32})
+    assert (asked.returncode, asked.stdout, asked.stderr) == (1, "", wrong.stderr), "it was answered first"
     empty.rmdir()
+
+
+def test_a_wrong_api_key_is_said_before_anything_is_asked(server: StubServer, tmp_path: Path) -> None:
+    url = server.state["http_url"]
+    done = run(server, "chat", "hi", env={"BATON_API_KEY": "wrong"})
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        f"baton: {url} refuses the API key (The API key is not known here.); set BATON_API_KEY or give --api-key-file\n"
+    )
+    (tmp_path / "key").write_text("\n")
+    empty = run(server, "chat", "hi", "--api-key-file", str(tmp_path / "key"))
+    assert (empty.returncode, empty.stdout, empty.stderr) == (
+        1,
+        "",
+        f"baton: {tmp_path}/key: there is no API key in it\n",
+    )
 
 
 @pytest.mark.parametrize("command", [("chat", "hi"), ("status",), ("trace",)])

@@ -176,6 +176,8 @@ class RouterHandler(BaseHTTPRequestHandler):
             self._answer(200, {"traces": [{"request_id": "cmpl-1"}]})
         elif self.path == "/internal/trace/cmpl-1":
             self._answer(200, TRACE)
+        elif self.path == "/v1/models" and self.headers.get("authorization") == "Bearer wrong":
+            self._answer(401, {"error": {"message": "The API key is not known here."}})
         elif self.path == "/v1/models":
             self._answer(200, {"data": [{"id": self.stub.spec["served_model_name"]}]})
         else:

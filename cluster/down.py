@@ -13,8 +13,8 @@ from cluster import client, process_tree, run_dir
 from cluster.client import ClientError
 from cluster.run_dir import Server
 
-_LIMIT_S: Final = 95.0
-"""A little more than the guardian gives the supervisor."""
+_MORE_S: Final = 5.0
+"""Than the guardian gives the supervisor."""
 _LOOK_AGAIN_S: Final = 0.05
 
 
@@ -42,13 +42,14 @@ def _end(server: Server) -> None:
     Raises:
         ClientError: it did not end.
     """
+    limit_s = server.run_dir.stop_limit_s + _MORE_S
     process = server.guardian if server.guardian.is_alive else server.supervisor
     if process is not None and process.is_alive:  # by start time too: a pid may have a new owner
         os.kill(process.pid, signal.SIGTERM)
-    deadline = time.monotonic() + _LIMIT_S
+    deadline = time.monotonic() + limit_s
     while server.is_alive:
         if time.monotonic() > deadline:
-            raise ClientError(f"process {server.guardian.pid} did not end within {_LIMIT_S:g} s")
+            raise ClientError(f"process {server.guardian.pid} did not end within {limit_s:g} s")
         time.sleep(_LOOK_AGAIN_S)  # it is no child of ours, so there is nothing to wait on
     process_tree.kill(process_tree.marked_with(run_dir.RUN_ID_ENV, server.run_dir.run_id))
     server.run_dir.remove()

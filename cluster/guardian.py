@@ -17,8 +17,6 @@ from typing import Any, Final
 from cluster import child, process_tree, run_dir
 from cluster.run_dir import RunDir
 
-_STOP_LIMIT_S: Final = 90.0
-"""The supervisor bounds its own stop by the configuration; this is for one that hangs."""
 _LEFTOVER_GRACE_S: Final = 0.5
 EXIT_FAILED: Final = 1
 EXIT_USAGE: Final = 2
@@ -83,7 +81,7 @@ class _Guardian:
             return
         if self._signals == 1:
             self._supervisor.terminate()
-            signal.setitimer(signal.ITIMER_REAL, _STOP_LIMIT_S)
+            signal.setitimer(signal.ITIMER_REAL, self._run.stop_limit_s)
         else:
             self._supervisor.kill()
 

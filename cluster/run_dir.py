@@ -30,6 +30,7 @@ _JOINED: Final = "joined"
 """A mark of run directories on nodes that have no guardian; who holds a lock on one keeps it."""
 _FAILED: Final = "failed"
 _KEPT_LOGS: Final = 5
+_STOP_LIMIT_S: Final = 90.0
 _MAX_BASE_CHARS: Final = 32
 """Ray's socket names add 74 characters to a run directory's 9, and 107 are possible."""
 
@@ -82,6 +83,11 @@ class RunDir:
     def state(self) -> dict[str, Any]:
         """What `server.json` says; {} if it can not be read."""
         return _read_json(self.path / _STATE) or {}
+
+    @property
+    def stop_limit_s(self) -> float:
+        """After so long a stop hangs: as the supervisor says, or plenty if it has not yet read its configuration."""
+        return float(self.state().get("stop_limit_s", _STOP_LIMIT_S))
 
     def remove(self) -> None:
         """Delete it all."""

@@ -26,7 +26,7 @@ from cluster.launcher_local import LocalLauncher
 from cluster.launcher_ray import Cluster, RayLauncher
 from cluster.run_dir import RunDir
 from cluster.site import OWN_ADDRESS, Home
-from cluster.supervisor import Supervisor
+from cluster.supervisor import Supervisor, stop_limit_s
 from cluster.topology import Modules, Orders
 from cluster.unit import Launcher, StartFailed
 from router.api_keys import load_api_keys
@@ -95,7 +95,7 @@ def _build(request: Request, console: Console) -> Supervisor:
         home = Home(request.run.run_id, "" if is_one_machine else version.code_digest(), model.source)
         launcher = RayLauncher(request.run, home, _cluster(config, console), num_cpus)
     start_up.add("configuration", 0.0)
-    request.run.write_state(token=auth.worker_token(secret), model=model.name)
+    request.run.write_state(token=auth.worker_token(secret), model=model.name, stop_limit_s=stop_limit_s(config))
     orders = Orders(config, model, secret, _modules())
     return Supervisor(config, model, workers, orders, launcher, local, console, request.run, start_up)
 

@@ -36,6 +36,13 @@ _DRAIN_S: Final = 60.0
 """How long a worker that leaves may finish what it does."""
 _INTRODUCTION_S: Final = 5.0
 """How long the greeting waits to know how KV travels."""
+_LAST_STEPS_S: Final = 80.0
+"""What a stop may take beside the grace of its processes: Ray's placement groups and its own end."""
+
+
+def stop_limit_s(config: Config) -> float:
+    """After so long a stop hangs: routers end first, drained, and then the workers, each within their grace."""
+    return config.router.drain_s + 2 * config.cluster.stop_grace_s + _LAST_STEPS_S
 
 
 class Supervisor:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.run_dir import RunDir
 from tests.support.stub_server import StubServer
 
 
@@ -73,6 +74,17 @@ def test_the_next_server_removes_what_a_killed_one_left() -> None:
             second.wait_ready()
             assert second.end() == 0
         first.audit.assert_clean(0.0)
+
+
+def test_a_supervisor_that_hangs_is_ended_after_the_limit_that_its_configuration_sets() -> None:
+    with StubServer("--set", "router.drain_s=600") as server:
+        server.wait_ready()
+        assert server.state["stop_limit_s"] > 600
+        os.kill(server.supervisor_pid, signal.SIGSTOP)
+        (file,) = server.runtime_dir.glob("*/server.json")
+        RunDir(file.parent).write_state(stop_limit_s=0.2)
+        assert server.end() == 0
+        server.audit.assert_clean(0.0)
 
 
 def test_a_second_signal_ends_it_at_once() -> None:

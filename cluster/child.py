@@ -17,6 +17,11 @@ from cluster import process_tree
 
 SOURCE_ROOT: Final = Path(__file__).resolve().parent.parent
 _POOLS: Final = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+_GRPC_SUITES: Final = "ECDHE-RSA-AES128-GCM-SHA256"
+"""What gRPC may use below TLS 1.3. The cluster's certificates have no RSA key, so it comes to TLS 1.3 or nothing.
+
+grpcio can not be told so in any other way, and reads this when it is imported.
+"""
 
 
 def command(signum: int, name: str, module: str, *arguments: str) -> list[str]:
@@ -28,13 +33,16 @@ def command(signum: int, name: str, module: str, *arguments: str) -> list[str]:
 
 
 def environment(base: Mapping[str, str], threads: int = 1) -> dict[str, str]:
-    """`base` with what our processes need: their code wherever they start, unbuffered logs, no hidden thread pools."""
+    """`base` with what our processes need: their code wherever they start, unbuffered logs, no hidden thread pools,
+    nothing older than TLS 1.3 between them.
+    """
     env = dict(base)
     if SOURCE_ROOT.name not in ("site-packages", "dist-packages"):
         paths = [path for path in env.get("PYTHONPATH", "").split(os.pathsep) if path]
         if str(SOURCE_ROOT) not in paths:
             env["PYTHONPATH"] = os.pathsep.join([str(SOURCE_ROOT), *paths])
     env["PYTHONUNBUFFERED"] = "1"
+    env["GRPC_SSL_CIPHER_SUITES"] = _GRPC_SUITES
     env.update(dict.fromkeys(_POOLS, str(threads)))
     return env
 

@@ -6,6 +6,8 @@ import json
 import os
 import re
 import signal
+import socket
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -15,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from baton.tls import make_identity, ssl_context
 from tests.support.system import System, eventually, serve
 
 pytestmark = pytest.mark.timeout(180)
@@ -231,3 +234,24 @@ def test_a_stream_that_outlives_the_drain_ends_with_an_error_that_says_why(how: 
             *_, last = [line for line in lines if line.startswith("data: ")]  # a cut connection raises
         assert "shutting down" in json.loads(last.removeprefix("data: "))["error"]["message"]
         assert system.process.wait(20) == 0
+
+
+def test_an_encrypted_worker_speaks_tls_1_3_and_nothing_older() -> None:
+    secret = "a secret of this cluster, 32 byte"
+    identity = make_identity(secret.encode())
+    flags = ("--engine", "sim", "--mixed", "1", "--prefill", "0", "--decode", "0", "--encrypt")
+    with serve(*flags, env={"BATON_CLUSTER_SECRET": secret}) as system:
+        (worker,) = system.status()["workers"]
+        host, _, port = worker["address"].rpartition(":")
+        for version in (ssl.TLSVersion.TLSv1_3, ssl.TLSVersion.TLSv1_2):
+            context = ssl_context(identity, server_side=False)
+            context.check_hostname = False
+            context.set_alpn_protocols(["h2"])
+            context.minimum_version = context.maximum_version = version
+            with socket.create_connection((host, int(port)), timeout=10) as sock:
+                if version is ssl.TLSVersion.TLSv1_3:
+                    with context.wrap_socket(sock) as stream:
+                        assert stream.version() == "TLSv1.3"
+                    continue
+                with pytest.raises((ssl.SSLError, ConnectionError)):
+                    context.wrap_socket(sock)

@@ -1,13 +1,14 @@
 """Baton's engine beside vLLM on one GPU: `python -m bench.engine --device cuda` ends up here.
 
     python -m bench.engine --device cuda [--shape llama-3.1-8b ...] [--repeats 3] [--rows PATTERN ...] [--kv-gib 90]
+        [--quantization fp8] [--kv-dtype fp8]
         [--vllm-python PATH] [--vllm-site DIR] [--tflops F --tbps B] [--json OUT.json] [--quick]
 
 Random weights, token ids, greedy, no end of sequence, no prefix cache. One arm is up at a time, since each takes most
 of the memory: Baton, vLLM, Baton again; the two runs of Baton show what the machine itself changes. Every figure is
 printed as soon as it is known. The roofs are arithmetic over two ceilings of the device (`--tflops`, `--tbps`;
 bench.gpu_session measures them): *serial* computes prompts at the one and then decodes at the other, *overlapped* does
-both at once. Exit status 1: Baton is behind on a row, or an arm failed; 2: there is no device.
+both at once, in bf16 whatever the arms have. Exit status 1: Baton is behind on a row, or an arm failed; 2: there is no device.
 """
 
 from __future__ import annotations
@@ -198,8 +199,10 @@ def _spec(shape: Shape, name: str, model_dir: Path, args: argparse.Namespace) ->
         "max_num_batched_tokens": _MAX_BATCHED_TOKENS,
         "load_format": "dummy",
         "kv_bytes": kv_bytes,
-        "kv_tokens": kv_bytes // shape.kv_bytes_per_token,
+        "kv_tokens": _kv_tokens(shape, args),
         "prefix_caching": False,
+        "quantization": args.quantization,
+        "kv_dtype": args.kv_dtype,
     }
     cores = tuple(engine_arms.machine()["cores"])
     if name == "vllm":
@@ -222,7 +225,7 @@ def write_config(shape: Shape, work_dir: Path) -> Path:
 
 def summary(shape: Shape, figures: Figures, args: argparse.Namespace, roofs: Roofs) -> dict[str, Any]:
     """Medians, spreads, rates, ratios and shares, ready to be printed or kept."""
-    kv_tokens = int(args.kv_gib * 2**30) // shape.kv_bytes_per_token
+    kv_tokens = _kv_tokens(shape, args)
     lines = []
     for row in _selected(args):
         max_batch = max(1, min(args.max_num_seqs, kv_tokens // (row.num_prompt + row.num_output + row.steps)))
@@ -243,12 +246,25 @@ def summary(shape: Shape, figures: Figures, args: argparse.Namespace, roofs: Roo
                 "overlapped_share": None if ours is None else roofs.overlapped_s(shape, row, max_batch) / ours,
             }
         )
-    return {"shape": shape.name, "rows": lines, "facts": figures.facts, "faults": figures.faults}
+    numbers = f"weights {args.quantization or 'bf16'}, KV {'bf16' if args.kv_dtype == 'auto' else args.kv_dtype}"
+    return {
+        "shape": shape.name,
+        "numbers": numbers,
+        "rows": lines,
+        "facts": figures.facts,
+        "faults": figures.faults,
+    }
+
+
+def _kv_tokens(shape: Shape, args: argparse.Namespace) -> int:
+    """How many the KV cache of an arm holds."""
+    per_token = shape.kv_bytes_per_token // (2 if args.kv_dtype == "fp8" else 1)
+    return int(args.kv_gib * 2**30) // per_token
 
 
 def table(document: dict[str, Any]) -> Iterator[str]:
     """Markdown."""
-    yield f"\n{document['shape']}, bf16, random weights; output (all) tokens per second, medians"
+    yield f"\n{document['shape']}, {document['numbers']}, random; output (all) tokens per second, medians; roofs of bf16"
     yield "| row | Baton | vLLM | Baton / vLLM | spread of Baton | of the serial roof | of the overlapped roof |"
     yield "|---|---|---|---|---|---|---|"
     for line in document["rows"]:
@@ -289,6 +305,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--rows", nargs="+", default=[], help="names or patterns, such as 'decode/*'")
     parser.add_argument("--kv-gib", type=float, default=90.0, help="KV cache of each arm")
     parser.add_argument("--max-num-seqs", type=int, default=_MAX_SEQS)
+    parser.add_argument("--quantization", choices=("fp8",), help="of weights, in both arms (default: bf16)")
+    parser.add_argument("--kv-dtype", choices=("auto", "fp8"), default="auto", help="in both arms (auto: bf16)")
     parser.add_argument("--prompt-attention", choices=("auto", "flash", "triton"), default="auto", help="Baton's")
     parser.add_argument("--vllm-python", help="of an environment that has vLLM")
     parser.add_argument("--vllm-site", type=Path, help="a directory with vLLM for this Python")

@@ -4,6 +4,7 @@
     python -m bench.gpu_session kernels            # ceilings, then each kernel's share of them      ~2 min
     python -m bench.gpu_session engine [...]       # bench.engine --device cuda with those ceilings  ~6 min per shape
     python -m bench.gpu_session steps              # where a decode step's time goes                 ~2 min
+    python -m bench.gpu_session fp8                # accuracy, products and attention beside bf16    ~2 min
 
 Each stage stands alone, ends within ten minutes, prints a JSON line per figure as soon as it is known, and keeps
 everything under --out. `engine` takes what bench.engine takes after `--device cuda`. Needs torch with CUDA, triton,
@@ -29,6 +30,8 @@ _TESTS: Final = (
     ("kernels, small", "tests/unit/test_cuda_kernels.py"),
     ("kernels, serving sizes", "tests/gpu/test_cuda_kernels.py"),
     ("FlashAttention for prompts", "tests/gpu/test_cuda_flash.py"),
+    ("fp8, small", "tests/unit/test_cuda_fp8.py"),
+    ("fp8 beside plain torch", "tests/gpu/test_cuda_fp8.py"),
     ("engine beside its reference", "tests/gpu/test_cuda_engine.py"),
     ("CUDA IPC", "tests/gpu/test_cuda_ipc.py"),
 )
@@ -343,10 +346,22 @@ def steps(journal: Journal, out: Path) -> None:
         journal.say(stage="steps", kernel=row.key[:80], ms_per_step=row.self_device_time_total / num_steps / 1e3)
 
 
+def fp8(journal: Journal) -> None:
+    """What it gains and what it changes, beside bf16."""
+    from bench.gpu_fp8 import accuracy, decodes, products
+
+    for figure in accuracy():
+        journal.say(stage="fp8", **figure)
+    for figure in products(_seconds, _graphed):
+        journal.say(stage="fp8", **figure)
+    for figure in decodes(_seconds, _graphed, _paged):
+        journal.say(stage="fp8", **figure)
+
+
 def main() -> int:
     """Run one stage."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("correct", "kernels", "engine", "steps"))
+    parser.add_argument("stage", choices=("correct", "kernels", "engine", "steps", "fp8"))
     parser.add_argument("--out", type=Path, default=Path("gpu-session"))
     args, rest = parser.parse_known_args()
     if rest and args.stage != "engine":
@@ -366,6 +381,8 @@ def main() -> int:
         return engine(journal, rest, out)
     if args.stage == "kernels":
         kernels(journal)
+    elif args.stage == "fp8":
+        fp8(journal)
     else:
         steps(journal, out)
     return 0

@@ -165,6 +165,7 @@ def make_runner(options: dict[str, Any], comm: Comm | None, cores: Sequence[int]
         cores=cores if len(cores) > 1 else (),
         backend=options["backend"],
         quantization=options.get("quantization"),
+        kv_dtype=options.get("kv_dtype", "auto"),
         device=options.get("device", "cpu"),
         load_format=options.get("load_format", "auto"),
         max_num_seqs=int(options.get("max_num_seqs", 256)),

@@ -41,6 +41,8 @@ class VllmArm:
             max_num_seqs=int(options.get("max_num_seqs", 64)),
             load_format=options.get("load_format", "auto"),
             kv_cache_memory_bytes=int(options["kv_bytes"]),
+            kv_cache_dtype=options.get("kv_dtype", "auto"),
+            quantization=options.get("quantization"),
             enable_prefix_caching=bool(options["prefix_caching"]),
             seed=0,
             **settings,

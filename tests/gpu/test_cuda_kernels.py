@@ -15,11 +15,13 @@ from baton.request import AttemptId, SamplingParams
 from engine.attention.reference import ReferenceAttention
 from engine.cuda.kernels.attention import decode_attention, prefill_attention, prefill_rows
 from engine.cuda.kernels.sampling import choose_tokens
+from engine.kv_pool import FP8
 from engine.sampler import noise_key, sample
 from engine.types import BatchEntry, SampleSpec
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 CUDA = torch.device("cuda")
+POOL_DTYPES = (torch.bfloat16, torch.float32, FP8)  # queries of a pool in fp8 are bfloat16
 
 
 class Pool:
@@ -28,7 +30,7 @@ class Pool:
     def __init__(self, spans: list[tuple[int, int]], kv_heads: int, block_size: int, dim: int, dtype: torch.dtype):
         counts = [-(-(start + new) // block_size) for start, new in spans]
         order = (torch.randperm(sum(counts)) + 1).tolist()
-        self.kv = torch.full((sum(counts) + 1, 2, kv_heads, block_size, dim), float("nan"), device=CUDA, dtype=dtype)
+        self.kv = torch.full((sum(counts) + 1, 2, kv_heads, block_size, dim), float("nan"), device=CUDA).to(dtype)
         self.entries, begins, begin = [], [], 0
         for index, ((start, new), count) in enumerate(zip(spans, counts, strict=True)):
             table = order[begin : begin + count]
@@ -63,7 +65,7 @@ def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return float((actual.float() - expected).norm() / expected.norm())
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", POOL_DTYPES, ids=str)
 @pytest.mark.parametrize("block_size", [16, 64])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "dim", "window"),
@@ -75,14 +77,14 @@ def test_decode(
 ) -> None:
     torch.manual_seed(heads + num_splits)
     pool = Pool([(length, 1) for length in (0, 1, 63, 64, 65, 511, 640, 1023, 3000)], kv_heads, block_size, dim, dtype)
-    query = torch.randn(len(pool.entries), heads, dim, device=CUDA).to(dtype)
+    query = torch.randn(len(pool.entries), heads, dim, device=CUDA).to(torch.bfloat16 if dtype == FP8 else dtype)
     out = torch.full_like(query, float("nan"))
     starts = ints([entry.start for entry in pool.entries])
     decode_attention(query, pool.kv, starts, pool.tables, pool.begins, window=window, num_splits=num_splits, out=out)
     assert error(out, pool.expected(query, window)) < (1e-5 if dtype == torch.float32 else 1e-2)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", POOL_DTYPES, ids=str)
 @pytest.mark.parametrize("block_size", [16, 64])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "dim", "window"),
@@ -91,8 +93,9 @@ def test_decode(
 def test_prefill(heads: int, kv_heads: int, dim: int, window: int | None, block_size: int, dtype: torch.dtype) -> None:
     spans = [(0, 1000), (512, 513), (777, 2), (2048, 300)]
     pool = Pool(spans, kv_heads, block_size, dim, dtype)
-    query = torch.randn(sum(new for _, new in spans), heads, dim, device=CUDA).to(dtype)
-    each = prefill_rows(heads // kv_heads, dim, dtype) // (heads // kv_heads)
+    num_tokens = sum(new for _, new in spans)
+    query = torch.randn(num_tokens, heads, dim, device=CUDA).to(torch.bfloat16 if dtype == FP8 else dtype)
+    each = prefill_rows(heads // kv_heads, dim, query.dtype) // (heads // kv_heads)
     tiles = [(seq, first) for seq, (_, new) in enumerate(spans) for first in range(0, new, each)]
     rows = [sum(new for _, new in spans[:seq]) for seq in range(len(spans))]
     out = torch.full_like(query, float("nan"))

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -28,7 +29,7 @@ def variants() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], int]]
     for dtype, full in (("bf16", False), ("fp32", True)):
         pointers = dict.fromkeys(("query", "pool", "out"), f"*{dtype}")
         pointers |= {"sums": "*fp32", "scales": "*fp32", "scale": "fp32", "value_scale": "fp32"}
-        in_fp8 = pointers | {"pool": "*fp8e4nv"}
+        in_fp8, from_fp8 = pointers | {"pool": "*fp8e4nv"}, {} if full else {"DOT_DTYPE": tl.float16}
         for heads, dim, block, window in ((4, 128, 64, 0), (1, 128, 16, 0), (3, 64, 16, 100), (4, 96, 64, 0)):
             common = {
                 "KV_HEADS": 8,
@@ -38,17 +39,18 @@ def variants() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], int]]
                 "BLOCK_SIZE": block,
                 "KEYS": 64,
                 "WINDOW": window,
-                "FLOAT32_DOT": False,
+                "DOT_DTYPE": tl.float32 if full else tl.bfloat16,
             }
             what = f"{dtype} group {heads} dim {dim} block {block} window {window}"
             for splits in (1, 8):
                 constants = {**common, "ROWS": 16, "NUM_SPLITS": splits, "IS_DECODE": True}
                 yield f"decode {what} splits {splits}", attention._attend_kernel, pointers, constants, 4
-                yield f"decode {what} splits {splits} from fp8", attention._attend_kernel, in_fp8, constants, 4
+                name = f"decode {what} splits {splits} from fp8"
+                yield name, attention._attend_kernel, in_fp8, constants | from_fp8, 4
             rows = attention.prefill_rows(heads, dim, torch.float32 if full else torch.bfloat16)
             constants = {**common, "ROWS": rows, "NUM_SPLITS": 1, "IS_DECODE": False}
             yield f"prefill {what} rows {rows}", attention._attend_kernel, pointers, constants, 8
-            yield f"prefill {what} rows {rows} from fp8", attention._attend_kernel, in_fp8, constants, 8
+            yield f"prefill {what} rows {rows} from fp8", attention._attend_kernel, in_fp8, constants | from_fp8, 8
         reduce = {"HEADS": 32, "HEAD_DIM": 128, "DIM_PAD": 128, "NUM_SPLITS": 8}
         types = {"sums": "*fp32", "scales": "*fp32", "out": f"*{dtype}"}
         yield f"reduce {dtype}", attention._reduce_kernel, types, reduce, 4

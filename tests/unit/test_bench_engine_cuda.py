@@ -35,7 +35,9 @@ def test_a_quick_run_has_the_same_rows() -> None:
 
 
 def test_a_row_that_is_lost_says_so() -> None:
-    args: Any = argparse.Namespace(kv_gib=90.0, max_num_seqs=512, rows=["decode/8", "prefill/*"], quick=False)
+    args: Any = argparse.Namespace(
+        kv_gib=90.0, max_num_seqs=512, rows=["decode/8", "prefill/*"], quick=False, quantization="fp8", kv_dtype="fp8"
+    )
     figures = Figures({("decode/8", "baton"): [1.0, 1.2, 1.1], ("decode/8", "vllm"): [1.0]}, faults=["vllm: gone"])
     document = summary(SHAPES["qwen3-4b"], figures, args, H200)
     lines = list(table(document))
@@ -43,3 +45,4 @@ def test_a_row_that_is_lost_says_so() -> None:
     assert sum("LOST" in line for line in lines) == 1
     assert "| prefill/2032 | – | – | – | – | – | – |" in lines
     assert lines[-1] == "FAULT vllm: gone"
+    assert lines[0].startswith("\nqwen3-4b, weights fp8, KV fp8")

@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from engine.kv_pool import FP8
+
 _LOG2_E = 1.4426950408889634
 
 
@@ -45,7 +47,7 @@ def _attend_kernel(
     WINDOW: tl.constexpr,  # 0: none
     NUM_SPLITS: tl.constexpr,
     IS_DECODE: tl.constexpr,  # one new token per sequence: tile i is sequence i is row i
-    FLOAT32_DOT: tl.constexpr,  # the interpreter multiplies bfloat16 as integers
+    DOT_DTYPE: tl.constexpr,  # of both operands of products
 ):
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
@@ -72,8 +74,7 @@ def _attend_kernel(
     row_of = (first_row + token).to(tl.int64) * (KV_HEADS * GROUP) + head
     at = row_of[:, None] * HEAD_DIM + dim[None, :]
     q = tl.load(query + at, mask=is_row[:, None] & is_dim[None, :], other=0.0)
-    if FLOAT32_DOT:
-        q = q.to(tl.float32)
+    q = q.to(DOT_DTYPE)
 
     # Keys of this tile: [low, high), from which this split takes a run of whole tiles.
     high = tl.minimum(start + num_new, start + first_new + TOKENS)
@@ -97,8 +98,7 @@ def _attend_kernel(
         is_read = is_key[:, None] & is_dim[None, :]
         k = tl.load(pool + slot[:, None] + dim[None, :], mask=is_read, other=0.0)
         v = tl.load(pool + slot[:, None] + (HALF + dim)[None, :], mask=is_read, other=0.0)
-        k = k.to(q.dtype)  # from fp8, or it is that already
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        scores = tl.dot(q, tl.trans(k.to(DOT_DTYPE)), input_precision="ieee") * scale
         is_seen = is_key[None, :] & (key[None, :] <= position[:, None])
         if WINDOW > 0:
             is_seen = is_seen & (key[None, :] > position[:, None] - WINDOW)
@@ -108,7 +108,7 @@ def _attend_kernel(
         weights = tl.exp2(scores - base[:, None])
         shrink = tl.exp2(best - base)
         total = total * shrink + tl.sum(weights, 1)
-        part = tl.dot(weights.to(q.dtype), v.to(q.dtype), input_precision="ieee")
+        part = tl.dot(weights.to(DOT_DTYPE), v.to(DOT_DTYPE), input_precision="ieee")
         acc = acc * shrink[:, None] + part
         best = new_best
 
@@ -151,6 +151,13 @@ def _reduce_kernel(
 
 
 _IS_INTERPRETED = not isinstance(_attend_kernel, triton.JITFunction)
+
+
+def _dot_dtype(query: torch.dtype, pool: torch.dtype) -> tl.dtype:
+    """fp8 becomes float16 in one instruction, bfloat16 in three. The interpreter multiplies bfloat16 as integers."""
+    if _IS_INTERPRETED or query == torch.float32:
+        return tl.float32
+    return tl.float16 if pool == FP8 else tl.bfloat16
 
 
 def decode_attention(
@@ -263,6 +270,6 @@ def _launch(
         window or 0,
         num_splits,
         is_decode,
-        _IS_INTERPRETED,
+        _dot_dtype(query.dtype, pool.dtype),
         num_warps=num_warps,
     )

@@ -34,6 +34,8 @@ def line(record: Mapping[str, Any]) -> str:
         parts.append(f"first token {_ms(record['ttft_ms'])} ms" + (f" ({steps})" if steps else ""))
     if record.get("transfer_ms") is not None:
         parts.append(f"transfer {_ms(record['transfer_ms'])} ({_exposed(record)} exposed, {record.get('transport')})")
+    if record.get("failover_ms") is not None:
+        parts.append(f"fail-over {_ms(record['failover_ms'])}")
     if record.get("tpot_ms") is not None:
         parts.append(f"decode {_ms(record.get('decode_ms'))} ({_ms(record['tpot_ms'])} per token)")
     parts.append(f"total {_ms(record.get('total_ms'))} ms")
@@ -64,6 +66,7 @@ def picture(trace: Mapping[str, Any], width: int = 100) -> str:
             f"tokens, {_ms(trace['tpot_ms'])} ms each"
             + (f"; hand-over {_ms(trace['handover_ms'])} ms" if trace.get("handover_ms") is not None else "")
         )
+    lines += _failures(trace)
     lines.append(f"{'  total':<{_LABEL_CHARS}}{_ms(trace.get('total_ms')):>8}")
     if trace.get("clock_error_ms"):
         lines.append(f"  the workers' clocks are mapped to the router's within {_ms(trace['clock_error_ms'])} ms")
@@ -80,7 +83,12 @@ def _bars(trace: Mapping[str, Any], moments: Mapping[str, Mapping[str, float]]) 
         if begin is not None and end is not None and end >= begin:
             bars.append(_Bar(label, where, begin, end, **more))
 
-    add("route", "router", router.get("placed_again", router.get("arrived")), start.get("received"))
+    if trace.get("failover_ttft_ms"):
+        first = trace["every_attempt"][0]["moments_ms"]["router"]["placed"]
+        add("fail-over", "router", first, router.get("placed"))
+        add("route", "router", router.get("placed"), start.get("received"))
+    else:
+        add("route", "router", router.get("arrived"), start.get("received"))
     add("queue", first_worker, start.get("received"), start.get("prefill_begin"))
     add("prefill", first_worker, start.get("prefill_begin"), start.get("prefill_end"))
     if trace.get("transfer_ms") is not None:
@@ -90,6 +98,18 @@ def _bars(trace: Mapping[str, Any], moments: Mapping[str, Mapping[str, float]]) 
         add("transfer", f"to {decode_worker}", begin, runnable, exposed_from_ms=sampled, note=note)
     add("deliver", "router", start.get("prefill_end"), router.get("first_token"))
     return bars
+
+
+def _failures(trace: Mapping[str, Any]) -> list[str]:
+    """What time the attempts that failed have cost, and why they did."""
+    if trace.get("failover_ms") is None:
+        return []
+    lines = [f"{'  fail-over':<{_LABEL_CHARS}}{_ms(trace['failover_ms']):>8}"]
+    for number, attempt in enumerate(trace.get("every_attempt", ()), 1):
+        if attempt["failure"]:
+            what = f"{attempt['num_tokens']} tokens, then {attempt['failure']}"
+            lines.append(f"    attempt {number}, {_workers(attempt)}: {what}")
+    return lines
 
 
 def _draw(bar: _Bar, span: float, room: int) -> str:
@@ -113,15 +133,19 @@ def _tokens(record: Mapping[str, Any]) -> str:
 
 
 def _route(record: Mapping[str, Any]) -> str:
-    first, decode = record.get("prefill_worker"), record.get("decode_worker")
-    if not first and not decode:
+    if not record.get("prefill_worker") and not record.get("decode_worker"):
         return ""
-    route = str(decode) if first == decode else f"{first} -> {decode}"
+    route = _workers(record)
     kv_bytes = record.get("kv_bytes") or 0
     if kv_bytes:
         route += f", {size(kv_bytes)} KV by {record.get('transport')}"
     attempts = record.get("attempts") or 1
     return route if attempts == 1 else f"{route}, {attempts} attempts"
+
+
+def _workers(record: Mapping[str, Any]) -> str:
+    first, decode = record.get("prefill_worker"), record.get("decode_worker")
+    return str(decode) if first == decode else f"{first} -> {decode}"
 
 
 def _exposed(record: Mapping[str, Any]) -> str:

@@ -25,7 +25,7 @@ QUANTILES: Final = (0.5, 0.9, 0.95, 0.99)
 _CURVE: Final = tuple([k / 50 for k in range(50)] + [0.985, 0.99, 0.995, 0.999, 1.0])
 _REPLICATES: Final = 300
 _SCALES: Final = tuple(round(float(x), 4) for x in np.geomspace(0.1, 10, 61))
-PHASES: Final = ("route", "queue", "prefill", "transfer_hidden", "transfer_exposed", "handover", "decode")
+PHASES: Final = ("route", "queue", "prefill", "transfer_hidden", "transfer_exposed", "handover", "failover", "decode")
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,7 +217,7 @@ def phases(traces: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     if not whole:
         return None
     means, p99 = {}, {}
-    for name in (*PHASES, "transfer", "ttft", "tpot", "total"):
+    for name in (*PHASES, "failover_ttft", "transfer", "ttft", "tpot", "total"):
         values = [float(trace[f"{name}_ms"]) for trace in whole if trace.get(f"{name}_ms") is not None]
         means[name] = _round(sum(values) / len(whole)) if values else None
         p99[name] = _round(float(np.quantile(values, 0.99))) if values else None

@@ -99,7 +99,8 @@ def document(title: str, body: str) -> str:
 
 _PHASES_TEXT: Final = (
     '<p class="dim">Means over the traced requests, from Baton\'s own timelines. The thin bar is the KV transfer: its '
-    "hidden part runs beside prefill and costs the request nothing, its exposed part is within the hand-over.</p>"
+    "hidden part runs beside prefill and costs the request nothing, its exposed part is within the hand-over. Time that "
+    "attempts lost which failed is left out.</p>"
 )
 
 
@@ -322,7 +323,7 @@ def _phases(chosen: Sequence[_Named]) -> str:
             ("route", mean["route"]),
             ("queue", mean["queue"]),
             ("prefill", mean["prefill"]),
-            ("delivery of token 1", max(0.0, mean["ttft"] - before)),
+            ("delivery of token 1", max(0.0, mean["ttft"] - before - mean.get("failover_ttft", 0.0))),
             ("hand-over", mean["handover"]),
             ("decode", max(0.0, mean["decode"] - mean["handover"])),
         ]

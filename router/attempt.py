@@ -28,7 +28,7 @@ from protos import worker_pb2 as pb
 from router.codec import event_from_proto, sampling_to_proto
 from router.fleet import Fleet
 from router.placement import Placement, WorkerKey, another_decode
-from router.timeline import Timeline
+from router.timeline import AttemptRecord, Timeline
 from router.worker_link import WorkerLink
 
 LATE_S: Final = 1.0  # how long workers may still send the moments of an attempt that is over
@@ -90,7 +90,7 @@ class Attempt:
         self._refused: set[WorkerKey] = set()  # had no room; asked again when all others have been asked
         self._num_refusals = 0  # for lack of room
         self._unreachable: set[WorkerKey] = set()  # the KV did not get there; not asked again
-        self._number = 0
+        self._record: AttemptRecord | None = None
         self._timers: list[asyncio.TimerHandle] = []
         self._speaking: set[WorkerLink] = set()  # whose moments are still to come
         self._on_settled: Callable[[], None] | None = None
@@ -114,9 +114,8 @@ class Attempt:
         if not is_local:
             decode.open(self.id, self, prefill_tokens=0, kv_tokens=num_tokens)
         now = self._clock.now()
-        timeline = self._work.timeline
-        timeline.attempt("" if is_local else start.worker_id, decode.worker_id, now)
-        self._number = timeline.num_attempts
+        prefill_worker = "" if is_local else start.worker_id
+        self._record = self._work.timeline.attempt(prefill_worker, decode.worker_id, now)
         self._call_later(self._work.deadline - now, self._on_deadline)
         start.send(pb.RouterMessage(start=self._start_message(None if is_local else decode, now)))
         return start.hello.fingerprint
@@ -260,16 +259,16 @@ class Attempt:
         self._redirect()
 
     def on_timeline(self, link: WorkerLink, timeline: pb.Timeline) -> None:
-        """What a worker measured; of an attempt that is no longer the newest it does not count."""
-        if self._number == self._work.timeline.num_attempts:
-            self._work.timeline.worker_moments(
-                link.worker_id,
-                {moment.name: link.to_router_time(moment.at_s) for moment in timeline.moments},
-                timeline.kv_bytes,
-                timeline.transport,
-                timeline.num_cached_tokens,
-                link.clock_error_s,
-            )
+        """What a worker measured."""
+        assert self._record is not None
+        self._record.worker_moments(
+            link.worker_id,
+            {moment.name: link.to_router_time(moment.at_s) for moment in timeline.moments},
+            timeline.kv_bytes,
+            timeline.transport,
+            timeline.num_cached_tokens,
+            link.clock_error_s,
+        )
         self._speaking.discard(link)
         self._settle_if_silent()
 
@@ -324,7 +323,8 @@ class Attempt:
         self._decode = link
         self._speaking.add(link)
         link.open(self.id, self, prefill_tokens=0, kv_tokens=len(self._token_ids))
-        self._work.timeline.decode_worker = link.worker_id
+        assert self._record is not None
+        self._record.decode_worker = link.worker_id
         start.send(pb.RouterMessage(redirect=pb.Redirect(attempt_id=self.id, decode_peer=_peer(link))))
 
     def _on_deadline(self) -> None:
@@ -338,6 +338,8 @@ class Attempt:
     def _fail(self, error: ServeError) -> None:
         if self._error is None and not self._is_finished and not self._is_closed:
             self._error = error
+            assert self._record is not None
+            self._record.failure = error.code
             self._early.clear()
             self._abort()
             self._wake()

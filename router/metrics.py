@@ -35,6 +35,7 @@ _STAGES: Final = (
     "transfer_hidden",
     "transfer_exposed",
     "handover",
+    "failover",
     "decode",
 )
 
@@ -83,12 +84,13 @@ class Metrics:
         """Count one finished request."""
         outcome = timeline.error or timeline.finish_reason
         self._outcomes[timeline.endpoint, outcome] += 1
-        self._attempts += timeline.num_attempts
+        self._attempts += len(timeline.attempts)
         self._prompt_tokens += timeline.num_prompt_tokens
         self._cached_tokens += timeline.num_cached_tokens
         self._generated_tokens += timeline.num_tokens
-        if timeline.kv_bytes:
-            self._kv_bytes[timeline.transport or "unknown"] += timeline.kv_bytes
+        for attempt in timeline.attempts:
+            if attempt.kv_bytes:
+                self._kv_bytes[attempt.transport or "unknown"] += attempt.kv_bytes
         if timeline.first_token is not None:
             self._ttft.observe(timeline.first_token - timeline.arrived)
         if timeline.finished is not None:

@@ -9,11 +9,58 @@ import logging
 import statistics
 from array import array
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 logger = logging.getLogger("router")
+
+
+@dataclass(slots=True)
+class AttemptRecord:
+    """One attempt: who worked on it, what they measured, and what came of it."""
+
+    prefill_worker: str
+    """Empty: the decode worker did it all."""
+    decode_worker: str
+    placed: float
+    moments: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Worker id -> moment name -> time."""
+    num_tokens: int = 0
+    """Delivered to the client."""
+    num_reused_tokens: int = 0
+    """Prompt tokens whose KV the decode worker had already, so that it was not sent."""
+    kv_bytes: int = 0
+    transport: str = ""
+    clock_error_s: float = 0.0
+    """How far apart moments of different processes may really be: 0 if they share the router's clock."""
+    failure: str = ""
+    """The code of the error that ended it."""
+
+    @property
+    def start_worker(self) -> str:
+        """Who computed the prompt."""
+        return self.prefill_worker or self.decode_worker
+
+    def worker_moments(
+        self,
+        worker_id: str,
+        moments: Mapping[str, float],
+        kv_bytes: int,
+        transport: str,
+        num_cached_tokens: int,
+        clock_error_s: float = 0.0,
+    ) -> None:
+        """What one of its workers measured, on the router's clock give or take `clock_error_s`."""
+        self.clock_error_s = max(self.clock_error_s, clock_error_s)
+        self.moments.setdefault(worker_id, {}).update(moments)
+        self.kv_bytes = max(self.kv_bytes, kv_bytes)
+        self.transport = self.transport or transport
+        if self.prefill_worker and worker_id == self.decode_worker:
+            self.num_reused_tokens = num_cached_tokens
+
+
+_NO_ATTEMPT = AttemptRecord("", "", 0.0)
 
 
 @dataclass(slots=True)
@@ -28,111 +75,105 @@ class Timeline:
     num_prompt_tokens: int = 0
     max_tokens: int = 0
     admitted: float | None = None
-    placed: float | None = None
-    placed_again: float | None = None
-    """The last attempt, if it is not the first: what its workers measured began then."""
     first_token: float | None = None
     last_token: float | None = None
     finished: float | None = None
     num_tokens: int = 0
     num_cached_tokens: int = 0
-    num_reused_tokens: int = 0
-    """Prompt tokens whose KV the decode worker had already, so that it was not sent."""
-    num_attempts: int = 0
     finish_reason: str = ""
     error: str = ""
     intervals: array[float] = field(default_factory=lambda: array("d"))
     """Seconds between consecutive tokens."""
-    prefill_worker: str = ""
-    decode_worker: str = ""
-    moments: dict[str, dict[str, float]] = field(default_factory=dict)
-    """Of the last attempt: worker id -> moment name -> time."""
-    kv_bytes: int = 0
-    transport: str = ""
-    clock_error_s: float = 0.0
-    """How far apart moments of different processes may really be: 0 if they share the router's clock."""
+    gaps: list[int] = field(default_factory=list)
+    """Indices of the intervals in which one attempt failed and another one took over."""
+    attempts: list[AttemptRecord] = field(default_factory=list)
 
-    def attempt(self, prefill: str, decode: str, now: float) -> None:
-        """A new attempt was placed: what earlier ones' workers say no longer counts."""
-        self.num_attempts += 1
-        self.prefill_worker, self.decode_worker = prefill, decode
-        self.moments, self.kv_bytes, self.transport, self.num_reused_tokens = {}, 0, "", 0
-        self.clock_error_s = 0.0
-        if self.placed is None:
-            self.placed = now
-        else:
-            self.placed_again = now
+    @property
+    def told(self) -> AttemptRecord:
+        """The attempt that gave the first token, whose phases the waterfall shows; before any token, the last one."""
+        newest = self.attempts[-1] if self.attempts else _NO_ATTEMPT
+        return next((attempt for attempt in self.attempts if attempt.num_tokens), newest)
+
+    def attempt(self, prefill: str, decode: str, now: float) -> AttemptRecord:
+        """A new attempt was placed; tokens are its own from here on."""
+        self.attempts.append(AttemptRecord(prefill, decode, now))
+        return self.attempts[-1]
 
     def tokens(self, now: float, count: int, num_cached_tokens: int) -> None:
-        """`count` tokens were delivered at once; the first of an attempt says what was cached."""
+        """`count` tokens were delivered at once; the first of all says what was cached."""
+        attempt = self.attempts[-1]
         if self.last_token is None:
             self.first_token = now
             self.num_cached_tokens = num_cached_tokens
         else:
+            if not attempt.num_tokens:
+                self.gaps.append(len(self.intervals))
             self.intervals.append(now - self.last_token)
         self.intervals.extend([0.0] * (count - 1))
         self.last_token = now
         self.num_tokens += count
-
-    def worker_moments(
-        self,
-        worker_id: str,
-        moments: Mapping[str, float],
-        kv_bytes: int,
-        transport: str,
-        num_cached_tokens: int,
-        clock_error_s: float = 0.0,
-    ) -> None:
-        """What one worker of the last attempt measured, on the router's clock give or take `clock_error_s`."""
-        self.clock_error_s = max(self.clock_error_s, clock_error_s)
-        self.moments.setdefault(worker_id, {}).update(moments)
-        self.kv_bytes = max(self.kv_bytes, kv_bytes)
-        self.transport = self.transport or transport
-        if self.prefill_worker and worker_id == self.decode_worker:
-            self.num_reused_tokens = num_cached_tokens
+        attempt.num_tokens += count
 
     def waterfall(self) -> dict[str, Any]:
         """The measured parts, in ms; None where a part did not happen or nobody measured it.
 
+        `route`, `queue`, `prefill`, `transfer` and `handover` are of the attempt that gave the first token.
         `transfer` = from the first KV byte that the decode side takes, or from the first token sampled if that is
         earlier (then the wait for the first byte belongs to it), until that side is runnable: all ranks hold every
         byte, verified, and the manifest. `transfer_exposed` = its part after the first token was sampled, at least 0;
         `transfer_hidden` = the rest of it, which the prefill covered.
         `step` = the median gap between tokens after the second; `handover` = gap between tokens 1 and 2, minus that.
+        `failover` = time lost to attempts that failed: from the first placement to that of the attempt that gave the
+        first token (`failover_ttft`), and every gap from the last token of one attempt to the first of another.
+        `decode`, `step` and `tpot` leave these gaps out; `ttft` and `total` are what the client saw.
         """
-        start = self.moments.get(self.prefill_worker or self.decode_worker, {})
-        decode = self.moments.get(self.decode_worker, {})
+        told = self.told
+        start, decode = told.moments.get(told.start_worker, {}), told.moments.get(told.decode_worker, {})
         begun, ended = start.get("prefill_begin"), start.get("prefill_end")
         parts: dict[str, float | None] = {
-            "route": _gap(self.placed_again or self.arrived, start.get("received", self.placed)),
-            "queue": _gap(start.get("received", self.placed), begun),
+            "route": None,
+            "queue": None,
             "prefill": _gap(begun, ended),
             "transfer": None,
             "transfer_hidden": None,
             "transfer_exposed": None,
             "handover": None,
-            "decode": _gap(self.first_token, self.last_token),
+            "failover": None,
+            "failover_ttft": None,
+            "decode": None,
             "ttft": _gap(self.arrived, self.first_token),
             "tpot": None,
             "step": None,
             "total": _gap(self.arrived, self.finished),
         }
-        if self.prefill_worker and ended is not None and "runnable" in decode:
+        lost_in_stream = sum(self.intervals[index] for index in self.gaps)
+        if self.attempts:
+            received = start.get("received", told.placed)
+            parts["queue"] = _gap(received, begun)
+            parts["route"] = max(0.0, self.attempts[0].placed - self.arrived) + max(0.0, received - told.placed)
+        if len(self.attempts) > 1:
+            lost_before = told.placed - self.attempts[0].placed
+            parts["failover_ttft"] = lost_before
+            parts["failover"] = lost_before + lost_in_stream + self._lost_at_end()
+        if self.first_token is not None and self.last_token is not None:
+            parts["decode"] = self.last_token - self.first_token - lost_in_stream
+        if told.prefill_worker and ended is not None and "runnable" in decode:
             exposed = max(0.0, decode["runnable"] - ended)
             parts["transfer_exposed"] = exposed
             if "kv_begin" in decode:
                 hidden = max(0.0, min(ended, decode["runnable"]) - decode["kv_begin"])
                 parts["transfer"], parts["transfer_hidden"] = hidden + exposed, hidden
-        if self.intervals:
-            parts["tpot"] = sum(self.intervals) / len(self.intervals)
-            if len(self.intervals) > 1:
-                parts["step"] = statistics.median(self.intervals[1:])
-            if self.prefill_worker:
+        if steps := self._steps(0):
+            parts["tpot"] = sum(steps) / len(steps)
+            if later := self._steps(1):
+                parts["step"] = statistics.median(later)
+            if told.prefill_worker and 0 not in self.gaps:
                 parts["handover"] = max(0.0, self.intervals[0] - (parts["step"] or 0.0))
         return {f"{name}_ms": None if value is None else round(value * 1e3, 3) for name, value in parts.items()}
 
     def summary(self) -> dict[str, Any]:
         """The fields of the log line."""
+        told = self.told
         return {
             "request_id": self.request_id,
             "x_request_id": self.client_request_id,
@@ -142,39 +183,65 @@ class Timeline:
             **({"error": self.error} if self.error else {}),
             "num_prompt_tokens": self.num_prompt_tokens,
             "num_cached_tokens": self.num_cached_tokens,
-            "num_reused_tokens": self.num_reused_tokens,
+            "num_reused_tokens": told.num_reused_tokens,
             "num_tokens": self.num_tokens,
-            "attempts": self.num_attempts,
-            "prefill_worker": self.prefill_worker or self.decode_worker,
-            "decode_worker": self.decode_worker,
-            "transport": self.transport,
-            "kv_bytes": self.kv_bytes,
-            "clock_error_ms": round(self.clock_error_s * 1e3, 3),
+            "attempts": len(self.attempts),
+            "prefill_worker": told.start_worker,
+            "decode_worker": told.decode_worker,
+            "transport": told.transport,
+            "kv_bytes": told.kv_bytes,
+            "clock_error_ms": round(told.clock_error_s * 1e3, 3),
             **self.waterfall(),
         }
 
     def trace(self) -> dict[str, Any]:
-        """The summary and every moment, in ms since arrival: what `baton trace` shows."""
+        """The summary and every moment, in ms since arrival: what `baton trace` shows.
+
+        `moments_ms` has the router and the workers of the attempt whose phases the summary tells; `every_attempt`, in
+        order, the workers of each, how many tokens it gave and why it failed.
+        """
         own: dict[str, float | None] = {
             "arrived": self.arrived,
             "admitted": self.admitted,
-            "placed": self.placed,
-            "placed_again": self.placed_again,
+            "placed": self.told.placed if self.attempts else None,
             "first_token": self.first_token,
             "last_token": self.last_token,
             "finished": self.finished,
         }
-        tracks: dict[str, Mapping[str, float | None]] = {"router": own, **self.moments}
+        every_attempt = [
+            {
+                "prefill_worker": attempt.start_worker,
+                "decode_worker": attempt.decode_worker,
+                "num_tokens": attempt.num_tokens,
+                "failure": attempt.failure,
+                "moments_ms": self._in_ms({"router": {"placed": attempt.placed}, **attempt.moments}),
+            }
+            for attempt in self.attempts
+        ]
+        moments = self._in_ms({"router": own, **self.told.moments})
+        return {**self.summary(), "moments_ms": moments, "every_attempt": every_attempt}
+
+    def _steps(self, begin: int) -> Sequence[float]:
+        """The intervals from that one on, but for fail-overs."""
+        if not self.gaps:
+            return self.intervals[begin:]
+        return [value for index, value in enumerate(self.intervals) if index >= begin and index not in self.gaps]
+
+    def _lost_at_end(self) -> float:
+        """From the last token to the end, if whoever was to go on gave nothing."""
+        if self.attempts[-1].num_tokens or self.last_token is None:
+            return 0.0
+        return _gap(self.last_token, self.finished) or 0.0
+
+    def _in_ms(self, tracks: Mapping[str, Mapping[str, float | None]]) -> dict[str, dict[str, float]]:
+        """Since arrival, in order of time; without those that did not happen."""
         return {
-            **self.summary(),
-            "moments_ms": {
-                track: {
-                    name: round((at - self.arrived) * 1e3, 3)
-                    for name, at in sorted(moments.items(), key=lambda item: item[1] or 0.0)
-                    if at is not None
-                }
-                for track, moments in tracks.items()
-            },
+            track: {
+                name: round((at - self.arrived) * 1e3, 3)
+                for name, at in sorted(moments.items(), key=lambda item: item[1] or 0.0)
+                if at is not None
+            }
+            for track, moments in tracks.items()
         }
 
 

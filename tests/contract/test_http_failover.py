@@ -44,7 +44,7 @@ async def streamed(here: Site, **wish: Any) -> tuple[str, str | None]:
 async def attempts(here: Site) -> int:
     """Of the newest request."""
     here.router.book.flush()
-    return int(next(reversed(here.router.book._ring.values())).num_attempts)
+    return len(next(reversed(here.router.book._ring.values())).attempts)
 
 
 async def newest_trace(here: Site) -> dict[str, Any]:
@@ -425,6 +425,26 @@ def test_moments_that_come_after_the_last_token_are_in_the_trace() -> None:
         assert trace["transfer_exposed_ms"] is not None
 
     run(lambda: pair(decode=Script(late_timeline=True)), scenario)
+
+
+@pytest.mark.parametrize(("die_at", "is_before_token_1"), [(0, True), (20, False)])
+def test_a_trace_tells_the_time_that_a_failed_attempt_has_cost(die_at: int, is_before_token_1: bool) -> None:
+    dying = "p0" if is_before_token_1 else "d0"
+
+    async def scenario(here: Site) -> None:
+        assert await streamed(here) == (EXPECTED, "length")
+        trace = await newest_trace(here)
+        first, second = trace["every_attempt"]
+        assert first["num_tokens"] + second["num_tokens"] == 40
+        assert (first["num_tokens"] == 0) is is_before_token_1
+        assert (first["failure"], second["failure"]) == ("worker_lost", "")
+        told = second if is_before_token_1 else first
+        assert trace["moments_ms"][trace["prefill_worker"]] == told["moments_ms"][told["prefill_worker"]]
+        assert trace["failover_ms"] > 0
+        assert (trace["failover_ttft_ms"] > 0) is is_before_token_1
+        assert trace["total_ms"] + 0.01 >= trace["failover_ms"] + trace["decode_ms"]
+
+    run(two_pairs(**{dying: Script(die_at=die_at)}), scenario)
 
 
 @pytest.mark.parametrize("shift_s", [0.0, 1e6, -1e6])

@@ -255,7 +255,7 @@ def test_a_refusal_redirects_and_a_stale_one_does_not() -> None:
         stage.attempt.on_token(stage.d2, stage.token(1))
         stage.attempt.on_token(stage.p, stage.token(0))
         assert stage.received()[0] == [100, 101]
-        assert stage.timeline.decode_worker == "d2"
+        assert stage.timeline.told.decode_worker == "d2"
 
     on_loop(scenario)
 

@@ -119,8 +119,8 @@ class SendingSide:
         sending.first = event
         if sending.state is SendState.CLOSING:
             return
+        self._tell_moments(sending, event)
         if event.finish_reason is not None:
-            self._outbox.timeline(sending.router_id, event.attempt_id, sending.moments, event.num_cached_tokens)
             self._close(sending, "the first token ended the request")
         elif sending.state is SendState.OPEN:
             self._finish(sending)
@@ -205,8 +205,13 @@ class SendingSide:
         self._by_transfer.pop(sending.transfer_id, None)
         del self._by_attempt[sending.request.attempt_id]
 
+    def _tell_moments(self, sending: Sending, first: TokenEvent) -> None:
+        self._outbox.timeline(sending.router_id, sending.request.attempt_id, sending.moments, first.num_cached_tokens)
+
     def _on_granted(self, rank: int, sending: Sending, event: object) -> None:
         sending.moments["granted"] = self._clock.now()
+        if sending.first is not None:
+            self._tell_moments(sending, sending.first)
 
     def _on_refused(self, rank: int, sending: Sending, event: object) -> None:
         assert isinstance(event, Refused)
@@ -234,8 +239,6 @@ class SendingSide:
             return
         attempt_id = sending.request.attempt_id
         self._group.close_send(attempt_id, sending.transfer_id)
-        assert sending.first is not None
-        self._outbox.timeline(sending.router_id, attempt_id, sending.moments, sending.first.num_cached_tokens)
         if sending.unquiet:  # a rank may still read for an earlier transfer, if this one had nothing to send
             sending.move_to(SendState.CLOSING)
         else:

@@ -118,6 +118,7 @@ class Pair:
         self.finished: dict[AttemptId, str] = {}
         self.failed: dict[AttemptId, str] = {}
         self.refused: dict[AttemptId, str] = {}
+        self.moments: dict[AttemptId, dict[str, float]] = {}
         for worker in self.workers:
             worker.command("router_here", ROUTER)
 
@@ -142,8 +143,8 @@ class Pair:
                     self.failed[attempt] = code
                 case ["refused", attempt, worker_id, _, _]:
                     self.refused[attempt] = worker_id
-                case ["timeline", *_]:
-                    pass
+                case ["timeline", attempt, moments, *_]:
+                    self.moments.setdefault(attempt, {}).update(moments)
                 case _:
                     raise AssertionError(item)
 
@@ -221,6 +222,7 @@ def test_a_refused_request_keeps_its_kv_and_goes_to_another_worker() -> None:
     pair.start(second)
     pair.run(12)
     assert pair.refused[second.attempt_id] == "decode-0"
+    assert {"received", "prefill_begin", "prefill_end"} <= set(pair.moments[second.attempt_id]), "told with the token"
     computed = pair.prefill.engine.stats().num_tokens_computed
     pair.prefill.command("redirect", second.attempt_id, codec.pack_peer(pair.decodes[1].peer))
     pair.run(150)

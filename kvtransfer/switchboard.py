@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import secrets
 import selectors
 import socket
 import ssl
+from collections import Counter
 from typing import Final, Protocol, TypeAlias
 
 from baton.tls import ssl_context
@@ -24,6 +26,8 @@ log = logging.getLogger("kvtransfer")
 
 MAX_UNAUTHENTICATED: Final = 32
 """Connections that may be in their handshake at a time; more wait in the listen queue."""
+PATIENCE_S: Final = 0.25
+"""How long such a connection keeps its place although others wait: a handshake takes some ms."""
 
 Listener: TypeAlias = socket.socket | local.LocalListener
 
@@ -68,7 +72,8 @@ class Switchboard:
         self._selector = selector
         self._user = user
         self._is_accepting = False
-        self._num_unauthenticated = 0
+        self._strangers: dict[Connection, str] = {}
+        """Accepted connections in their handshake, oldest first, and where each comes from."""
         self._reported_fallbacks: set[LinkKey] = set()
         self._links: dict[Role, dict[LinkKey, Connection]] = {Role.SENDER: {}, Role.RECEIVER: {}}
         self._waits_for_room: set[Connection] = set()
@@ -81,6 +86,8 @@ class Switchboard:
         self.transports: dict[str, str] = {}
         """Peer rank -> transport. Replaced as a whole, for readers on other threads."""
         self.now = now
+        self.sweep_at_s = math.inf
+        """When a sweep makes room for those who wait to be accepted, if not earlier."""
         identity = config.identity
         self._contexts: dict[bool, ssl.SSLContext] = {}
         if identity is not None:
@@ -165,10 +172,26 @@ class Switchboard:
         return TlsSocket(sock, self._contexts[False], server_side=False) if transport == tls.NAME else sock
 
     def _accept_more(self) -> None:
-        if not self._is_accepting and self._num_unauthenticated < MAX_UNAUTHENTICATED:
+        if self._is_accepting:
+            return
+        self.sweep_at_s = self._room_at_s()
+        if self.sweep_at_s <= self.now:
+            self.sweep_at_s = math.inf
             self._is_accepting = True
             for name, listener in self._listeners.items():
                 self._selector.register(listener, selectors.EVENT_READ, lambda _mask, n=name: self._accept(n))
+
+    def _room_at_s(self) -> float:
+        """When there is room for one more: there is, or the one that is to give way has had its time."""
+        if len(self._strangers) < MAX_UNAUTHENTICATED:
+            return -math.inf
+        return self._first_to_go().deadline_s - HANDSHAKE_S + PATIENCE_S
+
+    def _first_to_go(self) -> Connection:
+        """Of the strangers' address that holds most places, the oldest: so that a crowd keeps nobody else out."""
+        counts = Counter(self._strangers.values())
+        crowd = max(counts, key=counts.__getitem__)
+        return next(connection for connection, source in self._strangers.items() if source == crowd)
 
     def _accept_no_more(self) -> None:
         if self._is_accepting:
@@ -181,7 +204,7 @@ class Switchboard:
         offered = tuple(name for name in config.transports if _listener_of(name) == transport)
         while self._is_accepting:
             try:
-                sock, _ = self._listeners[transport].accept()
+                sock, address = self._listeners[transport].accept()
             except BlockingIOError:
                 return
             except OSError as error:  # out of descriptors: `sweep` tries again
@@ -197,15 +220,18 @@ class Switchboard:
                 log.warning("refused a connection", extra={"transport": transport, "error": str(error)})
                 sock.close()
                 continue
+            if len(self._strangers) == MAX_UNAUTHENTICATED:
+                self.lose(self._first_to_go(), "others waited for its place")
             nonce = secrets.token_bytes(NONCE_BYTES)
-            self._add(
+            connection = self._add(
                 TlsSocket(sock, self._contexts[True], server_side=True) if transport == tls.NAME else sock,
                 transport,
                 Acceptor(config.secret, self._me, config.layout, offered, nonce, verify=config.verify),
             )
-            self._num_unauthenticated += 1
-            if self._num_unauthenticated >= MAX_UNAUTHENTICATED:
+            self._strangers[connection] = address[0] if isinstance(address, tuple) else transport
+            if self._room_at_s() > self.now:
                 self._accept_no_more()
+                self._accept_more()
 
     def _add(
         self,
@@ -213,7 +239,7 @@ class Switchboard:
         transport: str,
         handshake: Connector | Acceptor,
         dialling: Dialling | None = None,
-    ) -> None:
+    ) -> Connection:
         connection = Connection(
             sock,
             transport,
@@ -229,6 +255,7 @@ class Switchboard:
         self.connections.add(connection)
         mask = selectors.EVENT_WRITE if connection.is_connecting else selectors.EVENT_READ
         self._selector.register(connection.link, mask, lambda ready, c=connection: self._ready(c, ready))
+        return connection
 
     # What happens on connections.
 
@@ -275,7 +302,7 @@ class Switchboard:
     def _opened(self, connection: Connection) -> None:
         """The handshake succeeded."""
         if connection.role is Role.RECEIVER:
-            self._authenticated_or_gone()
+            self._authenticated_or_gone(connection)
         links, key = self._links[connection.role], connection.key
         earlier = links.get(key)
         if earlier is not None:
@@ -308,7 +335,7 @@ class Switchboard:
         self._forget(connection)
         session, dialling = connection.session, connection.dialling
         if session is None and connection.role is Role.RECEIVER:
-            self._authenticated_or_gone()
+            self._authenticated_or_gone(connection)
         elif session is None and dialling is not None:
             dialling.problems.append(f"{connection.transport}: {reason}")
             self._dial(dialling)
@@ -317,9 +344,9 @@ class Switchboard:
             self._name_transports()
             self._user.link_down(connection.role, session.peer, f"lost {session.peer}: {reason}")
 
-    def _authenticated_or_gone(self) -> None:
-        """One connection less in its handshake."""
-        self._num_unauthenticated -= 1
+    def _authenticated_or_gone(self, connection: Connection) -> None:
+        """It is not in its handshake any more."""
+        del self._strangers[connection]
         self._accept_more()
 
     def _forget(self, connection: Connection) -> None:

@@ -182,6 +182,8 @@ class TransferThread:
             self.send.written(*self._unready.popleft()[1:])
         if self._now >= self._next_tick_s:
             self._tick()
+        elif self._now >= self._switchboard.sweep_at_s:
+            self._switchboard.sweep()
         self._act()
         self._switchboard.flush()
         while self._act():  # a write met a closed connection
@@ -194,7 +196,7 @@ class TransferThread:
         if isinstance(self._agent, cuda_ipc.Agent) and self._agent.is_hot:
             return 0.0
         limit_s = _POLL_S if self._agent is not None and self._is_agent_busy() else math.inf
-        return max(0.0, min(limit_s, self._next_tick_s - self._clock.now()))
+        return max(0.0, min(limit_s, min(self._next_tick_s, self._switchboard.sweep_at_s) - self._clock.now()))
 
     def _woken(self, _mask: int) -> None:
         with contextlib.suppress(BlockingIOError):

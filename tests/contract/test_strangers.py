@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
+import time
 
 import grpc
 import pytest
 
 from baton.auth import worker_token
+from baton.clock import ManualClock
 from baton.specs import encode_secret
+from kvtransfer.api import ReserveRequested
 from kvtransfer.auth import Connector, LinkKey, RefusalCode
+from kvtransfer.connection import HANDSHAKE_S
 from kvtransfer.frames import FrameReader, Tagger, encode_frame
 from kvtransfer.messages import Challenge, Goodbye, Message, Proof
+from kvtransfer.switchboard import MAX_UNAUTHENTICATED, PATIENCE_S
 from protos import worker_pb2 as pb
 from protos.worker_pb2_grpc import WorkerServicer, WorkerStub, add_WorkerServicer_to_server
 from tests.support.fake_worker import FakeCluster, site
-from tests.support.transfer import SECRET, Worker, closing, kvtransfer_threads, make_worker
+from tests.support.transfer import SECRET, Worker, closing, kvtransfer_threads, make_worker, open_send
 from worker.service import TokenAuth
 
 
@@ -81,6 +87,55 @@ def test_sec3_a_recorded_handshake_is_refused_with_that_reason() -> None:
         for wire in (first, second):
             wire.close()
     assert kvtransfer_threads() == []
+
+
+def test_sec3_silent_strangers_keep_no_peer_out() -> None:
+    clock = ManualClock()
+    worker = make_worker("d", clock=clock)
+    with closing(worker), contextlib.ExitStack() as open_sockets:
+        leader, endpoint = worker.leader, worker.leader.endpoint
+
+        def stranger(source: str) -> socket.socket:
+            address = (endpoint.address.host, endpoint.address.port)
+            return open_sockets.enter_context(socket.create_connection(address, timeout=10, source_address=(source, 0)))
+
+        few = [stranger("127.0.0.1") for _ in range(2)]
+        crowd = [stranger("127.0.0.2") for _ in range(MAX_UNAUTHENTICATED - 2)]
+        leader.wait_for(lambda: endpoint.stats().open_links == MAX_UNAUTHENTICATED)
+        wire, tagger = Wire(worker), Tagger()
+        open_sockets.callback(wire.close)
+        peer = connector(worker, SECRET)
+        wire.say(encode_frame(peer.hello, tagger))
+        for _ in range(3):
+            leader.turn()
+        assert endpoint.stats().open_links == MAX_UNAUTHENTICATED, "nobody gives way who had no time to speak"
+
+        clock.advance(PATIENCE_S)
+        challenge = wire.hear()
+        assert isinstance(challenge, Challenge)
+        proof = peer.receive(challenge)
+        assert proof is not None
+        wire.say(encode_frame(proof, tagger))
+        leader.wait_for(lambda: endpoint.stats().transports == {"p#0": "tcp"})
+        assert endpoint.stats().open_links == MAX_UNAUTHENTICATED
+        assert crowd[0].recv(1) == b"", "the oldest of the address with most connections gave way"
+        for other in (*few, *crowd[1:]):
+            other.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                other.recv(1)
+
+
+def test_sec3_a_crowd_that_comes_again_and_again_delays_a_transfer_little() -> None:
+    with closing(make_worker("p"), make_worker("d")) as (source, destination), contextlib.ExitStack() as open_sockets:
+        endpoint = destination.leader.endpoint
+        address = (endpoint.address.host, endpoint.address.port)
+        for _ in range(2 * MAX_UNAUTHENTICATED):
+            open_sockets.enter_context(socket.create_connection(address, timeout=10))
+        destination.leader.wait_for(lambda: endpoint.stats().open_links >= MAX_UNAUTHENTICATED)
+        began = time.monotonic()
+        transfer_id = open_send(source, destination, 16, [0])
+        destination.leader.expect(ReserveRequested, transfer_id)
+        assert time.monotonic() - began < HANDSHAKE_S, "it waited for the strangers' time to be over"
 
 
 def test_sec3_a_connector_that_forges_its_proof_is_told_that_it_lacks_the_secret() -> None:

@@ -109,9 +109,9 @@ class SimSwitchboard(Switchboard):
 
     def _add(
         self, sock: Any, transport: str, handshake: Connector | Acceptor, dialling: Dialling | None = None
-    ) -> None:
+    ) -> Connection:
         sock.check_write = self._watcher.before_write
-        super()._add(sock, transport, handshake, dialling)
+        return super()._add(sock, transport, handshake, dialling)
 
     def lose(self, connection: Connection, reason: str) -> None:
         """As production; the watcher is told why."""
@@ -159,7 +159,7 @@ class SimTransferThread(TransferThread):
     @property
     def next_tick_s(self) -> float:
         """When it wants a turn even if nothing happens."""
-        return self._next_tick_s
+        return min(self._next_tick_s, self._switchboard.sweep_at_s)
 
     @property
     def connections(self) -> Iterator[Connection]:

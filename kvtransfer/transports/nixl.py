@@ -107,17 +107,19 @@ class Agent:
         is_sound = type(metadata) is bytes and type(address) is int and num_bytes == layout.pool_bytes
         if not is_sound or not 0 <= address <= 2**64 - num_bytes:
             raise UnusablePool(f"the peer exposes another pool than its layout's {layout.pool_bytes} bytes")
+        found = ""
         try:
             found = self._agent.add_remote_agent(metadata)
             found = found.decode() if isinstance(found, bytes) else found
             if found != name:
-                self._agent.remove_remote_agent(found)
                 raise UnusablePool("the peer exposes another agent's pool")
             self._agent.make_connection(name, ["UCX"])
             remote = RemotePool(self._agent, self._errors, name, address, layout, read_bytes)
+            self._remotes.add(remote)
         except self._errors as error:
             raise UnusablePool(f"NIXL can not reach the peer's pool: {error}") from error
-        self._remotes.add(remote)
+        finally:
+            self._forget_unused(found)
         return remote
 
     def progress(self) -> None:
@@ -125,9 +127,13 @@ class Agent:
         self._agent.update_notifs()
         for remote in [remote for remote in self._remotes if remote.is_closed and remote.try_free()]:
             self._remotes.discard(remote)
-            if all(other.name != remote.name for other in self._remotes):
-                with contextlib.suppress(*self._errors):
-                    self._agent.remove_remote_agent(remote.name)
+            self._forget_unused(remote.name)
+
+    def _forget_unused(self, name: str) -> None:
+        """NIXL has one agent for all links to a peer: it goes with the last of them, whoever named it."""
+        if name and all(remote.name != name for remote in self._remotes):
+            with contextlib.suppress(*self._errors):
+                self._agent.remove_remote_agent(name)
 
     def close(self) -> None:
         """End the agent: nothing is read any more, by us or from us."""

@@ -102,6 +102,17 @@ def test_another_workers_pool_is_refused() -> None:
 
 
 @needs_nixl
+def test_a_refused_peer_takes_nothing_from_the_one_whose_pool_it_exposed() -> None:
+    with closing(*(make_worker(name, transport="nixl") for name in "qpd")) as (source, other, destination):
+        transfer(other, destination)
+        source.leader.endpoint._thread._switchboard._exposed = other.leader.endpoint._thread._switchboard._exposed
+        refused = open_send(source, destination, 16, [0])
+        assert "another agent's pool" in source.leader.expect(Failed, refused).reason
+        transfer(other, destination, seed=1)
+        assert destination.leader.endpoint.stats().transports == {"p#0": "nixl"}
+
+
+@needs_nixl
 def test_memory_beside_the_exposed_pool_can_not_be_read() -> None:
     with closing(make_worker("p", transport="nixl"), make_worker("d", transport="nixl")) as (source, destination):
         switchboard = source.leader.endpoint._thread._switchboard

@@ -3,10 +3,11 @@
     python -m bench.agreement --aiperf VENV/bin/aiperf --guidellm VENV/bin/guidellm --output DIR
 
 starts a simulated Baton (1 prefill + 1 decode, no prefix cache, ASCII tokens so that every token is visible text), then
-runs the three tools interleaved, `--repetitions` times, with Poisson arrivals from each tool's own generator, or closed. Definitions
-are aligned: /v1/completions, streamed, 200-byte prompts from one file, 32 tokens out, `ignore_eos`, nothing cut; TTFT,
-and the mean gap of each request (TPOT here, "inter-token latency" in both others). Results are kept in DIR, and what is
-there is not run again. Prints a Markdown table; the status is 1 if a p50 differs from ours by more than 5 %.
+runs the three tools interleaved, `--repetitions` times: with Poisson arrivals from each tool's own generator; with arrivals
+at equal distances, where no generator can differ; or as a closed loop. Definitions are aligned: /v1/completions,
+streamed, 200-byte prompts from one file, 32 tokens out, `ignore_eos`, nothing cut; TTFT, and the mean gap of each request
+(TPOT here, "inter-token latency" in both others). Results are kept in DIR, and what is there is not run again. Prints a
+Markdown table; the status is 1 if a p50 differs from ours by more than 5 %.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ def main() -> int:
     parser.add_argument("--guidellm", type=Path, required=True, metavar="FILE")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
     parser.add_argument("--requests", type=int, default=700, metavar="N", help="of each run")
-    parser.add_argument("--rate", type=float, default=12.0, metavar="R", help="Poisson arrivals (default 12)")
+    parser.add_argument("--rate", type=float, default=12.0, metavar="R", help="arrivals per second (default 12)")
+    parser.add_argument("--arrivals", choices=("poisson", "constant"), default="poisson")
     parser.add_argument("--concurrency", type=int, metavar="N", help="a closed loop instead")
     parser.add_argument("--repetitions", type=int, default=3, metavar="N")
     arguments = parser.parse_args()
@@ -84,10 +86,10 @@ def _run_tool(command: list[str], log_path: Path) -> None:
 
 def _command(arguments: argparse.Namespace, tool: str, number: int, url: str, prompts: Path) -> list[str]:
     count, slots, output = str(arguments.requests), arguments.concurrency, arguments.output / f"{tool}-{number}"
-    rate = f"{arguments.rate:g}"
+    rate, arrivals = f"{arguments.rate:g}", arguments.arrivals
     if tool == "baton":
         flags = f"--output-tokens {_OUTPUT_TOKENS} --requests {count} --seed {number} --warmup 0 --cooldown 0 "
-        flags += f"--concurrency {slots}" if slots else f"--rate {rate}"
+        flags += f"--concurrency {slots}" if slots else f"--rate {rate} --arrivals {arrivals}"
         where = ["--url", url, "--data", f"prompts:{prompts}", "--json", f"{output}.json"]
         return [sys.executable, "-m", "cluster.cli", "bench", *where, *flags.split(), "--slo", "ttft=500ms,tpot=50ms"]
     if tool == "aiperf":
@@ -96,14 +98,14 @@ def _command(arguments: argparse.Namespace, tool: str, number: int, url: str, pr
             f"--custom-dataset-type single_turn --extra-inputs max_tokens:{_OUTPUT_TOKENS} --extra-inputs ignore_eos:true "
             f"--extra-inputs temperature:0 --request-count {count} --random-seed {number} --ui none "
         )
-        flags += f"--concurrency {slots}" if slots else f"--request-rate {rate} --arrival-pattern poisson"
+        flags += f"--concurrency {slots}" if slots else f"--request-rate {rate} --arrival-pattern {arrivals}"
         files = ["--tokenizer", str(DEMO_MODEL_DIR), "--input-file", str(prompts.with_name("texts.jsonl"))]
         return [str(arguments.aiperf), *flags.split(), *files, "--output-artifact-dir", str(output)]
     return [
         *(str(arguments.guidellm), "run", "--disable-console-interactive"),
         *("--backend", f"kind=openai_http,target={url},model={_MODEL},request_format=/v1/completions"),
         *("--tokenizer", f"kind=huggingface_auto,model={DEMO_MODEL_DIR}", "--data", f"kind=json_file,path={prompts}"),
-        *("--profile", f"kind=concurrent,streams={slots}" if slots else f"kind=poisson,rate={rate}"),
+        *("--profile", f"kind=concurrent,streams={slots}" if slots else f"kind={arrivals},rate={rate}"),
         *("--constraint", f"kind=max_requests,count={count}"),
         *("--seed", f"kind=static,value={number}", "--output", f"kind=json,path={output}.json"),
     ]

@@ -16,9 +16,6 @@ from kvtransfer.messages import NO_DIGEST, Data
 from kvtransfer.plan import FETCHED_FRAME_BYTES, FRAME_BYTES, CopyPlan, Part, TableRuns
 
 _MAX_CACHED_SOURCES: Final = 16
-_FIRST_FRAME_BYTES: Final = 512 * 1024
-"""Frames of a stream grow with what has been sent, so that the receiver starts early and has few to handle later."""
-_GROWTH: Final = 3
 _WINDOW_PARTS: Final = 4
 """A receiver returns credit when a quarter of the window is consumed; a sender's frame takes at most half of it."""
 
@@ -113,8 +110,7 @@ class SendLane:
         plan, runs = self._plan, self._runs
         if not self._ready or plan is None or runs is None:
             return None
-        limit_bytes = min(FETCHED_FRAME_BYTES if name_blocks else FRAME_BYTES, self._window_bytes // 2)
-        max_bytes = limit_bytes if name_blocks else min(limit_bytes, max(_FIRST_FRAME_BYTES, _GROWTH * self.bytes_sent))
+        max_bytes = min(FETCHED_FRAME_BYTES if name_blocks else FRAME_BYTES, self._window_bytes // 2)
         layer = next(iter(self._ready))
         first, limit = self._sent_tokens[layer], sendable(layer)
         end = plan.frame_end(layer, first, limit, max_bytes)
@@ -167,7 +163,7 @@ class ReceiveLane:
         self._got: list[int] = []
         """Per layer: bit u is set when unit u is in place and verified."""
         self._begun: list[int] = []
-        """The same for units that began to come: a second copy of one could land after the first one's digest is made."""
+        """The same for units that began to come, here or not: a second copy could land after the first one's digest is made."""
         self._full = 0
         self._sources: dict[tuple[int, int, bytes], TableRuns] = {}
 
@@ -208,9 +204,8 @@ class ReceiveLane:
         if not layers or layers.stop > len(self._got) or not all(plan.unit_bytes[layer] for layer in layers):
             raise Misfit(f"no layers {frame.first_layer}+{frame.num_layers} on this link")
         mask = _mask(frame.first_unit, frame.num_units)
-        there = [self._got[layer] & mask for layer in layers]
-        if any(there):
-            if all(units == mask for units in there):
+        if any(self._begun[layer] & mask for layer in layers):
+            if all(self._got[layer] & mask == mask for layer in layers):
                 return None
             raise Misfit("some units came twice")
         num_bytes = sum([plan.num_bytes(layer, end - first) for layer in layers])
@@ -218,8 +213,6 @@ class ReceiveLane:
             raise Misfit(f"a payload of {payload_bytes} bytes where {num_bytes} are due")
         if self._bytes_begun + num_bytes > self._bytes_credited + self.window_bytes:
             raise Misfit("more bytes than credited")
-        if any(self._begun[layer] & mask for layer in layers):
-            raise Misfit("some units came twice")
         source_parts = None
         if payload_bytes is None:
             source = self._source_of(first, end, frame.source_blocks)

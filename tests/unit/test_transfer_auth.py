@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from baton.kv_layout import KVGeometry, KVLayout, LayerSpec, ModelKV
-from kvtransfer.auth import Acceptor, Connector, LinkKey, Refusal, RefusalCode, Session
+from kvtransfer.auth import MAX_VERSION, MIN_VERSION, Acceptor, Connector, LinkKey, Refusal, RefusalCode, Session
 from kvtransfer.messages import Challenge, Hello, Proof, ProtocolError, Welcome
 
 SECRET = b"s" * 32
@@ -146,7 +146,7 @@ def test_a_worker_that_answers_at_the_wrong_address_is_refused() -> None:
     assert refusal(lambda: left.receive(challenge)) is RefusalCode.ADDRESS
 
 
-@pytest.mark.parametrize(("low", "high"), [(3, 9), (0, 0)])
+@pytest.mark.parametrize(("low", "high"), [(MAX_VERSION + 1, MAX_VERSION + 9), (0, MIN_VERSION - 1)])
 def test_versions_without_a_common_one_are_refused(low: int, high: int) -> None:
     hello = connector().hello._replace(min_version=low, max_version=high)
     assert refusal(lambda: acceptor().receive(hello)) is RefusalCode.VERSION

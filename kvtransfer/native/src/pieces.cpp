@@ -13,7 +13,7 @@
 namespace {
 
 constexpr size_t TILE = 4096;  // copied, then hashed where it lies, while it is in the innermost cache; also how far ahead
-constexpr size_t HASH_BYTES = 256 * 1024;  // received, then hashed, while it is in the core's own cache
+constexpr size_t HASH_BYTES = 256 * 1024;  // sent or received, and hashed, while it is in the core's own cache
 constexpr int MAX_IOV = 512;
 
 xxh3::Accumulate accumulate = xxh3::accumulate_of(2);
@@ -122,7 +122,7 @@ API int64_t baton_send(int32_t fd, const iovec* pieces, Cursor* cursor, uint64_t
     uint64_t done = 0;
     iovec batch[MAX_IOV];
     while (done < num_bytes) {
-        const uint64_t part = digest ? least(num_bytes - done, HASH_BYTES) : num_bytes - done;
+        const uint64_t part = least(num_bytes - done, HASH_BYTES);
         if (digest && *num_hashed < part) {
             Cursor walk = *cursor;
             advance(pieces, walk, *num_hashed);

@@ -1,6 +1,6 @@
 """Makes the model directories of the engine bench: seeded random weights in bf16. Run as a program, for torch's sake.
 
-    python -m bench.engine_model SHAPE DIRECTORY
+    python -m bench.engine_model SHAPE DIRECTORY        # with a tokenizer, so that `baton serve DIRECTORY` works
 
 The weights keep activations near 1 in every layer, so that no kernel meets zeros, infinities or denormals.
 """
@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from bench.engine_shapes import SHAPES, Shape
+from bench.tokenizer import write_tokenizer
 
 _SEED = 0
 
@@ -57,4 +58,6 @@ def _sizes(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 if __name__ == "__main__":
-    write_model(SHAPES[sys.argv[1]], Path(sys.argv[2]))
+    wanted, target = SHAPES[sys.argv[1]], Path(sys.argv[2])
+    write_model(wanted, target)
+    write_tokenizer(wanted.vocab_size, target)

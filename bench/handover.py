@@ -35,10 +35,10 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 
 import numpy as np
-from tokenizers import Tokenizer, models
 
 from bench import engine_cuda, engine_shapes
 from bench.engine_shapes import Shape
+from bench.tokenizer import write_tokenizer
 
 _START_S: Final = 180.0
 _REQUEST_S: Final = 120.0
@@ -156,8 +156,7 @@ def _started(process: subprocess.Popen[bytes], runtime: Path, log: str) -> dict[
 def write_model_dir(shape: Shape, directory: Path) -> None:
     """config.json and a tokenizer that has a word for every id; the weights are random."""
     (directory / "config.json").write_text(json.dumps(shape.hf_config()))
-    words = {f"t{index}": index for index in range(shape.vocab_size)}
-    Tokenizer(models.WordLevel(words, unk_token="t0")).save(str(directory / "tokenizer.json"))
+    write_tokenizer(shape.vocab_size, directory)
 
 
 class BareCopy:

@@ -1,6 +1,6 @@
 """How fast KV moves: Baton's transports against a bare copy and a bare TCP loop of the same bytes in the same run.
 
-    python -m bench.transfer [--pairs 7] [--tokens 512 2048] [--block-sizes 16 32] [--json OUT.json] [--check]
+    python -m bench.transfer [--pairs 7] [--tokens 512 2048] [--block-sizes 16 32] [--congestion reno] [--json OUT.json] [--check]
 
 The 135 M Llama shape in bf16. Two processes, each pinned to a core of its own where there are two: this one receives,
 a child sends. Each round runs every arm once, in an order that turns from round to round, on the same pools, whose
@@ -26,6 +26,7 @@ import mmap
 import os
 import secrets
 import shlex
+import socket
 import statistics
 import subprocess
 import sys
@@ -171,11 +172,20 @@ def send_arm(bench: Bench, arm: str, peers: dict[str, PeerRank], num_tokens: int
     return began
 
 
-def settle(core: int | None) -> None:
-    """Stay on one core, and switch threads as a rank process does."""
+def settle(core: int | None, congestion: str | None) -> None:
+    """Stay on one core, switch threads as a rank process does, control congestion on new sockets by a named way."""
     if core is not None:
         os.sched_setaffinity(0, {core})
     sys.setswitchinterval(_SWITCH_S)
+    if congestion is None:
+        return
+    tune = tcp.tune
+
+    def tuned(sock: socket.socket, lease_s: float) -> None:
+        tune(sock, lease_s)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, congestion.encode())
+
+    tcp.tune = tuned
 
 
 def run_sender() -> None:
@@ -189,7 +199,7 @@ def run_sender() -> None:
         sys.stdout.flush()
 
     start = read()
-    settle(start["core"])
+    settle(start["core"], start["congestion"])
     bench = Bench("p", start["block_size"], start["num_blocks"], start["unix_dir"])
     bench.array[:] = np.random.default_rng(0).integers(0, 256, len(bench.array), dtype=np.uint8)
     peers = {arm: PeerRank(*rank) for arm, rank in start["peers"].items()}
@@ -230,11 +240,11 @@ class Row:
 class Receiver:
     """This process: drives the child and measures."""
 
-    def __init__(self, block_size: int, num_blocks: int) -> None:
+    def __init__(self, block_size: int, num_blocks: int, congestion: str | None = None) -> None:
         cores = sorted(os.sched_getaffinity(0))
         has_two = len(cores) > 1
         self._dir = tempfile.TemporaryDirectory()
-        settle(cores[1] if has_two else None)
+        settle(cores[1] if has_two else None, congestion)
         self.bench = Bench("d", block_size, num_blocks, self._dir.name)
         self.bench.array[:] = 0
         listener = tcp.listen("127.0.0.1", 0)
@@ -248,6 +258,7 @@ class Receiver:
         addresses = {arm: endpoint.address for arm, endpoint in self.bench.endpoints.items()}
         self._tell(
             core=cores[0] if has_two else None,
+            congestion=congestion,
             block_size=block_size,
             num_blocks=num_blocks,
             unix_dir=self._dir.name,
@@ -382,6 +393,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[512, 2048])
     parser.add_argument("--block-sizes", type=int, nargs="+", default=[16, 32])
     parser.add_argument("--tables", nargs="+", default=["in order", "shuffled"], choices=["in order", "shuffled"])
+    parser.add_argument(
+        "--congestion", metavar="NAME", help="of every TCP arm, the bare one too; default: the system's"
+    )
     parser.add_argument("--json", help="write the rows here")
     parser.add_argument("--check", action="store_true", help="exit 1 where a target is missed")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
@@ -393,11 +407,13 @@ def main() -> None:
     cores = sorted(os.sched_getaffinity(0))
     print(f"$ {shlex.join(['python', '-m', 'bench.transfer', *sys.argv[1:]])}")
     print(f"{len(cores)} cores, load average {os.getloadavg()[0]:.2f}")
+    with open("/proc/sys/net/ipv4/tcp_congestion_control") as file:
+        print(f"congestion control of TCP: {arguments.congestion or file.read().strip()}")
     if library() is None:
         raise SystemExit("no C++ compiler here: these figures would be of the fall-back")
     rows: list[Row] = []
     for block_size in arguments.block_sizes:
-        receiver = Receiver(block_size, max(arguments.tokens) // block_size + 1)
+        receiver = Receiver(block_size, max(arguments.tokens) // block_size + 1, arguments.congestion)
         try:
             for num_tokens in arguments.tokens:
                 for table in arguments.tables:

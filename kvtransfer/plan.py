@@ -28,7 +28,7 @@ import numpy.typing as npt
 from baton.errors import LayoutMismatch
 from baton.kv_layout import UNIT_TOKENS, KVLayout, ModelKV, kv_head_range
 
-FRAME_BYTES: Final = 8 * 1024 * 1024
+FRAME_BYTES: Final = 16 * 1024 * 1024
 """Most payload bytes of one frame on a stream, unless a single unit is larger."""
 
 FETCHED_FRAME_BYTES: Final = 4 * 1024 * 1024

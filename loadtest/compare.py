@@ -141,7 +141,7 @@ class _Comparison:
         full = self._workload(name, concurrency=_CAPACITY_CONCURRENCY, num_requests=_CAPACITY_REQUESTS)
         async with serving(self._serve, arm.flags) as server:
             found = self._discover(server.url)
-            async with coordinating(found, num_clients=self._arguments.clients) as coordinator:
+            async with coordinating(found, num_clients=self._arguments.clients, are_ahead=True) as coordinator:
                 session = Session(coordinator, self._watch)
                 unloaded = await session.measure(self._fitted(alone, found), f"{name}, unloaded")
                 loaded = await session.measure(self._fitted(full, found), f"{name}, capacity")
@@ -167,7 +167,7 @@ class _Comparison:
         self._watch.say(f"{name}, {arm.name}, repetition {repetition + 1} of {self._arguments.repetitions}")
         async with serving(self._serve, arm.flags) as server:
             found = self._discover(server.url)
-            async with coordinating(found, num_clients=self._arguments.clients) as coordinator:
+            async with coordinating(found, num_clients=self._arguments.clients, are_ahead=True) as coordinator:
                 warm = self._workload(name, concurrency=4, num_requests=_WARM_REQUESTS)
                 await coordinator.drive(self._fitted(warm, found).requests(), concurrency=4)
                 session = Session(coordinator, self._watch, slo, traces=RequestTraces(server.url, server.token))

@@ -61,10 +61,10 @@ class LocalLink:
         self._process = process
 
     @staticmethod
-    async def start(name: str) -> LocalLink:
-        """Start it."""
+    async def start(name: str, *, is_ahead: bool = False) -> LocalLink:
+        """Start it; `is_ahead`: before all else that wants its core."""
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "loadtest.agent"),
+            *(sys.executable, "-m", "loadtest.agent", *(("--ahead",) if is_ahead else ())),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             limit=_MAX_LINE_BYTES,
@@ -233,9 +233,16 @@ class Coordinator:
 
 @contextlib.asynccontextmanager
 async def coordinating(
-    target: Target, *, links: Sequence[Link] = (), num_clients: int = 1, api_key: str | None = None
+    target: Target,
+    *,
+    links: Sequence[Link] = (),
+    num_clients: int = 1,
+    api_key: str | None = None,
+    are_ahead: bool = False,
 ) -> AsyncIterator[Coordinator]:
     """Start `num_clients` local agents, or take over `links`; they end on leaving.
+
+    `are_ahead`: they run before all else on their cores, for those who measure a server on the same ones.
 
     Raises:
         AgentLost: one did not start.
@@ -244,7 +251,7 @@ async def coordinating(
     try:
         if not members:
             for place in range(num_clients):
-                local = await LocalLink.start(f"client-{place}")
+                local = await LocalLink.start(f"client-{place}", is_ahead=are_ahead)
                 members.append(local)
         coordinator = Coordinator(members, target)
         await coordinator.greet(api_key)

@@ -63,6 +63,8 @@ class Endpoint:
         _check(config, isinstance(kv_buffer, DeviceMemory))
         self._config = config
         self._unix_path = ""
+        self._unsaid_bytes = 0
+        """Written to the pool since the transfer thread was last woken for it."""
         pool: Pool | DevicePool
         if isinstance(kv_buffer, DeviceMemory):
             pool = DevicePool(config.layout, kv_buffer.address, kv_buffer.num_bytes)
@@ -128,9 +130,14 @@ class Endpoint:
 
     def written(self, transfer_id: TransferId, layer: int, num_tokens: int, ready: Ready | None = None) -> None:
         """KV of `layer` for tokens [0, num_tokens) is in the pool, once `ready` has fired."""
-        if not 0 <= layer < len(self._config.layout.model.layers):
+        layout = self._config.layout
+        if not 0 <= layer < len(layout.model.layers):
             raise ValueError(f"no layer {layer}")
-        self._thread.post(self._thread.written, transfer_id, layer, num_tokens, ready)
+        self._unsaid_bytes += layout.block_bytes(layer) * num_tokens // layout.geometry.block_size
+        is_urgent = layer == len(layout.model.layers) - 1 or self._unsaid_bytes >= self._thread.wake_bytes
+        if is_urgent:
+            self._unsaid_bytes = 0
+        self._thread.post(self._thread.written, transfer_id, layer, num_tokens, ready, is_urgent=is_urgent)
 
     def finish(self, transfer_id: TransferId, manifest: bytes) -> None:
         """Leader: all tokens are computed; tell the receiving leader."""

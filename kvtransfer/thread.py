@@ -55,6 +55,8 @@ class TransferThread:
 
     late_digest_bytes = 256 * 1024
     """From this size on the digest of a frame is made while its bytes move, and follows in a message of its own."""
+    wake_bytes = 1024 * 1024
+    """The thread is woken for so much new KV, or for the last layer: each time costs the engine's thread 0.1 ms."""
 
     def __init__(
         self,
@@ -101,10 +103,10 @@ class TransferThread:
 
     # For other threads.
 
-    def post(self, command: Callable[..., None], *args: Any) -> None:
-        """Run `command(*args)` on the thread, soon."""
+    def post(self, command: Callable[..., None], *args: Any, is_urgent: bool = True) -> None:
+        """Run `command(*args)` on the thread, soon; if it is not urgent, with the next command that is."""
         self._commands.put((command, args))
-        if not self._is_woken:
+        if is_urgent and not self._is_woken:
             self._is_woken = True
             with contextlib.suppress(OSError):  # the thread has ended
                 os.eventfd_write(self._wake_fd, 1)
@@ -175,6 +177,7 @@ class TransferThread:
         self._switchboard.read_on()
         for key, mask in ready:
             key.data(mask)
+        self._switchboard.accept()
         if self._agent is not None:
             self._poll_agent(self._agent)
         self._run_commands()

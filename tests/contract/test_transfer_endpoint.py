@@ -246,6 +246,26 @@ def test_chunks_go_out_as_they_are_written_and_the_partial_unit_only_at_the_end(
     assert destination.leader.endpoint.stats().bytes_received == sent
 
 
+def test_the_transfer_thread_is_woken_for_a_certain_amount_of_kv(lab: Lab) -> None:
+    source, destination = lab.pair()
+    transfer_id = open_send(source, destination, 64, [1, 2, 3, 4])
+    destination.leader.expect(ReserveRequested)
+    grant(destination, transfer_id, [0, 1, 2, 3], 64)
+    source.leader.expect(Granted)
+    kv = pattern(MODEL, 64)
+    layer_bytes = 64 * 2 * 4 * 16
+    source.leader.endpoint._thread.wake_bytes = 2 * layer_bytes
+    for layer in range(2):
+        source.leader.write_layer(layer, [1, 2, 3, 4], kv[layer])
+        source.leader.endpoint.written(transfer_id, layer, 64)
+    source.leader.wait_for(lambda: source.leader.endpoint.stats().bytes_sent == 2 * layer_bytes)
+    source.leader.write_layer(2, [1, 2, 3, 4], kv[2])
+    source.leader.endpoint.written(transfer_id, 2, 64)
+    source.leader.endpoint.finish(transfer_id, b"m")
+    complete(source, destination, transfer_id)
+    assert_equal(destination, [0, 1, 2, 3], kv)
+
+
 @pytest.mark.parametrize("first", [16, 64, 96])
 def test_only_what_the_receiver_lacks_travels(lab: Lab, first: int) -> None:
     source, destination = lab.pair()
@@ -610,6 +630,7 @@ class SwapFrames:
 
 def test_right_bytes_under_another_frames_name_are_refused(lab: Lab) -> None:
     source, destination = lab.worker("p", faults=SwapFrames()), lab.worker("d")
+    source.leader.endpoint._thread.wake_bytes = 0
     transfer_id = open_send(source, destination, 64, [1, 2, 3, 4])
     destination.leader.expect(ReserveRequested)
     grant(destination, transfer_id, [0, 1, 2, 3], 64)

@@ -145,8 +145,8 @@ class SimTransferThread(TransferThread):
             config, pool_fd, listeners, self.selector, self, clock.now(), network, watcher, poke
         )
 
-    def post(self, command: Callable[..., None], *args: Any) -> None:
-        """As production; the actor is poked."""
+    def post(self, command: Callable[..., None], *args: Any, is_urgent: bool = True) -> None:
+        """As production; the actor is poked, even where nothing is urgent."""
         self._commands.put((command, args))
         self._poke()
 
@@ -215,6 +215,7 @@ class SimEndpoint(Endpoint):
     ) -> None:
         self._config = config
         self._unix_path = ""
+        self._unsaid_bytes = 0
         self._address = address
         self._watcher = watcher
         self.listeners: dict[str, SimListener] = {}

@@ -177,6 +177,7 @@ class TinyWorker:
             credit_bytes=1,
         )
         self.endpoint: Final = Endpoint(config, self.runner.kv_buffer(), self.runner.kv_fd(), faults=faults)
+        self.endpoint._thread.wake_bytes = 0  # so that there are many chunks, for all that layers are small
         self.front: Final = _Front()
         hook = TransferHook(self.endpoint)
         group = Group(None, "", 1, self.endpoint, hook)  # type: ignore[arg-type]

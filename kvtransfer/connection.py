@@ -141,6 +141,12 @@ class Connection:
             return f"unauthenticated {self._claimed.worker_id!r} over {self.transport}"
         return f"unauthenticated peer over {self.transport}"
 
+    @property
+    def num_words(self) -> int:
+        """Receiver: how far the sender's handshake has come: TLS, where it is spoken, then a Hello that was answered."""
+        has_begun_tls = isinstance(self._sock, TlsSocket) and self._sock.has_heard
+        return has_begun_tls + (self._claimed is not None)
+
     def connected(self) -> None:
         """Sender: the socket is writable for the first time. Says Hello.
 

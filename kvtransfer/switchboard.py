@@ -11,6 +11,7 @@ import selectors
 import socket
 import ssl
 from collections import Counter
+from dataclasses import dataclass
 from typing import Final, Protocol, TypeAlias
 
 from baton.tls import ssl_context
@@ -27,9 +28,21 @@ log = logging.getLogger("kvtransfer")
 MAX_UNAUTHENTICATED: Final = 32
 """Connections that may be in their handshake at a time; more wait in the listen queue."""
 PATIENCE_S: Final = 0.25
-"""How long such a connection keeps its place although others wait: a handshake takes some ms."""
+"""How long such a connection keeps its place although others wait, from its beginning and from each of its words that
+was answered: a handshake takes some ms, if neither end is slow."""
 
 Listener: TypeAlias = socket.socket | local.LocalListener
+
+
+@dataclass(slots=True)
+class _Stranger:
+    """An accepted connection in its handshake."""
+
+    source: str
+    """Its address; where there is none, its transport."""
+    patience_until_s: float
+    num_words: int = 0
+    """As far as they have been answered."""
 
 
 class LinkUser(Traffic, Protocol):
@@ -72,8 +85,9 @@ class Switchboard:
         self._selector = selector
         self._user = user
         self._is_accepting = False
-        self._strangers: dict[Connection, str] = {}
-        """Accepted connections in their handshake, oldest first, and where each comes from."""
+        self._knocked: list[str] = []
+        """Listeners at which somebody waits."""
+        self._strangers: dict[Connection, _Stranger] = {}
         self._reported_fallbacks: set[LinkKey] = set()
         self._links: dict[Role, dict[LinkKey, Connection]] = {Role.SENDER: {}, Role.RECEIVER: {}}
         self._waits_for_room: set[Connection] = set()
@@ -179,19 +193,20 @@ class Switchboard:
             self.sweep_at_s = math.inf
             self._is_accepting = True
             for name, listener in self._listeners.items():
-                self._selector.register(listener, selectors.EVENT_READ, lambda _mask, n=name: self._accept(n))
+                self._selector.register(listener, selectors.EVENT_READ, lambda _mask, n=name: self._knocked.append(n))
 
     def _room_at_s(self) -> float:
         """When there is room for one more: there is, or the one that is to give way has had its time."""
         if len(self._strangers) < MAX_UNAUTHENTICATED:
             return -math.inf
-        return self._first_to_go().deadline_s - HANDSHAKE_S + PATIENCE_S
+        return self._strangers[self._first_to_go()].patience_until_s
 
     def _first_to_go(self) -> Connection:
-        """Of the strangers' address that holds most places, the oldest: so that a crowd keeps nobody else out."""
-        counts = Counter(self._strangers.values())
+        """Of the strangers' address that holds most places, so that a crowd keeps nobody else out, whose time ends first."""
+        counts = Counter(stranger.source for stranger in self._strangers.values())
         crowd = max(counts, key=counts.__getitem__)
-        return next(connection for connection, source in self._strangers.items() if source == crowd)
+        members = (connection for connection, stranger in self._strangers.items() if stranger.source == crowd)
+        return min(members, key=lambda connection: self._strangers[connection].patience_until_s)
 
     def _accept_no_more(self) -> None:
         if self._is_accepting:
@@ -199,10 +214,20 @@ class Switchboard:
             for listener in self._listeners.values():
                 self._selector.unregister(listener)
 
+    def accept(self) -> None:
+        """Let in who waits. Comes after the connections' reads in a turn: what has come in counts before who gives way."""
+        for transport in self._knocked:
+            self._accept(transport)
+        self._knocked.clear()
+
     def _accept(self, transport: str) -> None:
         config = self._config
         offered = tuple(name for name in config.transports if _listener_of(name) == transport)
         while self._is_accepting:
+            if self._room_at_s() > self.now:
+                self._accept_no_more()
+                self._accept_more()
+                return
             try:
                 sock, address = self._listeners[transport].accept()
             except BlockingIOError:
@@ -228,10 +253,8 @@ class Switchboard:
                 transport,
                 Acceptor(config.secret, self._me, config.layout, offered, nonce, verify=config.verify),
             )
-            self._strangers[connection] = address[0] if isinstance(address, tuple) else transport
-            if self._room_at_s() > self.now:
-                self._accept_no_more()
-                self._accept_more()
+            source = address[0] if isinstance(address, tuple) else transport
+            self._strangers[connection] = _Stranger(source, self.now + PATIENCE_S)
 
     def _add(
         self,
@@ -298,6 +321,10 @@ class Switchboard:
             (self.unread.discard if is_drained else self.unread.add)(connection)
         if is_drained and connection.session is not None:
             self._user.drained(connection)
+        stranger = self._strangers.get(connection)
+        if stranger is not None and connection.num_words > stranger.num_words:
+            stranger.num_words = connection.num_words
+            stranger.patience_until_s = self.now + PATIENCE_S
 
     def _opened(self, connection: Connection) -> None:
         """The handshake succeeded."""

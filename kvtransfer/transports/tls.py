@@ -40,7 +40,7 @@ class TlsSocket:
         self._unsent = memoryview(b"")
         self._staged_bytes = 0
         """Plaintext whose ciphertext waits in `_unsent` and `_outgoing`."""
-        self._has_heard = False
+        self.has_heard = False
         self._is_plain = False
         """The peer does not speak TLS."""
         self._is_shaken = False
@@ -148,8 +148,8 @@ class TlsSocket:
         if not count:
             self._incoming.write_eof()
             return
-        if not self._has_heard:
-            self._has_heard = True
+        if not self.has_heard:
+            self.has_heard = True
             self._check_first(self._ciphertext[:count])
         self._incoming.write(self._ciphertext[:count])
 

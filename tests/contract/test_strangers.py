@@ -6,7 +6,10 @@ import asyncio
 import contextlib
 import select
 import socket
+import ssl
+import threading
 import time
+from collections.abc import Iterator
 
 import grpc
 import pytest
@@ -14,6 +17,7 @@ import pytest
 from baton.auth import worker_token
 from baton.clock import ManualClock
 from baton.specs import encode_secret
+from baton.tls import SERVER_NAME, make_identity, ssl_context
 from kvtransfer.api import ReserveRequested
 from kvtransfer.auth import Connector, LinkKey, RefusalCode
 from kvtransfer.connection import HANDSHAKE_S
@@ -51,9 +55,22 @@ class Wire:
     def close(self) -> None:
         self._sock.close()
 
+    def answered(self) -> bool:
+        """Has something come, and is the other end open?"""
+        self._sock.setblocking(False)
+        count = 0
+        try:
+            while data := self._sock.recv(65_536):
+                count += len(data)
+        except BlockingIOError:
+            return count > 0
+        finally:
+            self._sock.setblocking(True)
+        return False
 
-def connector(worker: Worker, secret: bytes) -> Connector:
-    me, peer = LinkKey("p", "p1", 0), LinkKey(worker.worker_id, worker.incarnation, 0)
+
+def connector(worker: Worker, secret: bytes, name: str = "p") -> Connector:
+    me, peer = LinkKey(name, "p1", 0), LinkKey(worker.worker_id, worker.incarnation, 0)
     return Connector(secret, me, worker.leader.layout, peer, "tcp", b"1" * 32, verify=True)
 
 
@@ -126,6 +143,90 @@ def test_sec3_silent_strangers_keep_no_peer_out() -> None:
         assert endpoint.stats().open_links == MAX_UNAUTHENTICATED
         assert not is_open(crowd[0]), "it is the oldest of the address with most connections"
         assert all(map(is_open, (*few, *crowd[1:])))
+
+
+@contextlib.contextmanager
+def stalled(worker: Worker) -> Iterator[None]:
+    """Its transfer thread stands still meanwhile, in the middle of a turn."""
+    is_held, release = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        is_held.set()
+        release.wait(10)
+
+    worker.leader.endpoint._thread.post(hold)
+    assert is_held.wait(10)
+    try:
+        yield
+    finally:
+        release.set()
+
+
+@pytest.mark.parametrize("has_waited", [False, True], ids=["it had time", "its time was over"])
+def test_sec3_peers_that_have_spoken_stay_although_this_end_was_slow_to_listen(has_waited: bool) -> None:
+    clock = ManualClock()
+    worker = make_worker("d", clock=clock)
+    with closing(worker), contextlib.ExitStack() as open_sockets:
+        leader, endpoint = worker.leader, worker.leader.endpoint
+        peers = [connector(worker, SECRET, f"p{index}") for index in range(MAX_UNAUTHENTICATED + 1)]
+        wires = [open_sockets.enter_context(contextlib.closing(Wire(worker))) for _ in peers[1:]]
+        leader.wait_for(lambda: endpoint.stats().open_links == MAX_UNAUTHENTICATED)
+        if has_waited:  # from here on one of them gives way to the next who comes
+            clock.advance(PATIENCE_S)
+            for _ in range(2):
+                leader.turn()
+        with stalled(worker):
+            wires.append(open_sockets.enter_context(contextlib.closing(Wire(worker))))
+            for wire, peer in zip(wires, peers, strict=True):
+                wire.say(encode_frame(peer.hello, Tagger()))
+            clock.advance(2 * PATIENCE_S)
+        challenges = [wire.hear() for wire in wires[:-1]]
+        for _ in range(3):
+            leader.turn()
+        assert all(isinstance(challenge, Challenge) for challenge in challenges)
+        assert endpoint.stats().open_links == MAX_UNAUTHENTICATED
+        for wire, peer, challenge in zip(wires, peers, challenges, strict=False):
+            prove(wire, peer, challenge)
+        prove(wires[-1], peers[-1], wires[-1].hear())
+        leader.wait_for(lambda: len(endpoint.stats().transports) == len(peers))
+
+
+def prove(wire: Wire, peer: Connector, challenge: Message | None) -> None:
+    """Answer what came after the Hello of `peer`."""
+    assert isinstance(challenge, Challenge)
+    proof = peer.receive(challenge)
+    assert proof is not None
+    wire.say(encode_frame(proof, Tagger()))
+
+
+def test_sec3_a_peer_whose_tls_was_answered_is_given_time_to_go_on_and_no_more() -> None:
+    clock = ManualClock()
+    worker = make_worker("d", transport="tcp+tls", clock=clock)
+    with closing(worker), contextlib.ExitStack() as open_sockets:
+        leader, endpoint = worker.leader, worker.leader.endpoint
+        wires = [open_sockets.enter_context(contextlib.closing(Wire(worker))) for _ in range(MAX_UNAUTHENTICATED)]
+        leader.wait_for(lambda: endpoint.stats().open_links == MAX_UNAUTHENTICATED)
+        hello = tls_client_hello()
+        with stalled(worker):
+            wires.append(open_sockets.enter_context(contextlib.closing(Wire(worker))))
+            for wire in wires:
+                wire.say(hello)
+            clock.advance(2 * PATIENCE_S)
+        for _ in range(3):
+            leader.turn()
+        assert [wire.answered() for wire in wires] == [True] * MAX_UNAUTHENTICATED + [False]
+        clock.advance(PATIENCE_S)
+        leader.wait_for(wires[-1].answered)
+        assert endpoint.stats().open_links == MAX_UNAUTHENTICATED
+
+
+def tls_client_hello() -> bytes:
+    """What a peer of this cluster says first."""
+    sent = ssl.MemoryBIO()
+    context = ssl_context(make_identity(SECRET), server_side=False)
+    with contextlib.suppress(ssl.SSLWantReadError):
+        context.wrap_bio(ssl.MemoryBIO(), sent, server_hostname=SERVER_NAME).do_handshake()
+    return sent.read()
 
 
 def test_sec3_a_crowd_that_comes_again_and_again_delays_a_transfer_little() -> None:

@@ -6,8 +6,8 @@ starts a simulated Baton (1 prefill + 1 decode, no prefix cache, ASCII tokens so
 runs the three tools interleaved, `--repetitions` times: with Poisson arrivals from each tool's own generator; with arrivals
 at equal distances, where no generator can differ; or as a closed loop. Definitions are aligned: /v1/completions,
 streamed, 200-byte prompts from one file, 32 tokens out, `ignore_eos`, nothing cut; TTFT, and the mean gap of each request
-(TPOT here, "inter-token latency" in both others). Results are kept in DIR, and what is there is not run again. Prints a
-Markdown table; the status is 1 if a p50 differs from ours by more than 5 %.
+(TPOT here, "inter-token latency" in both others). Results are kept in DIR, and what is there is not run again; a DIR of
+another load is refused. Prints a Markdown table; the status is 1 if a p50 differs from ours by more than 5 %.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -57,8 +57,51 @@ def main() -> int:
     parser.add_argument("--concurrency", type=int, metavar="N", help="a closed loop instead")
     parser.add_argument("--repetitions", type=int, default=3, metavar="N")
     arguments = parser.parse_args()
+    try:
+        claim(arguments.output, load_of(arguments))
+    except ValueError as error:
+        parser.error(str(error))
     asyncio.run(_run_missing(arguments))
     return _table(arguments)
+
+
+def load_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What runs must have in common to be in one table."""
+    is_closed = arguments.concurrency is not None
+    return {
+        "requests": arguments.requests,
+        "concurrency": arguments.concurrency,
+        "rate": None if is_closed else arguments.rate,
+        "arrivals": None if is_closed else arguments.arrivals,
+        "prompt_bytes": _PROMPT_BYTES,
+        "output_tokens": _OUTPUT_TOKENS,
+        "server": list(_SERVER),
+    }
+
+
+def claim(output: Path, load: dict[str, Any]) -> None:
+    """Make `output` the directory of this load. Raises ValueError: it holds runs of another one."""
+    path = output / "load.json"
+    if path.exists():
+        held = json.loads(path.read_text())
+        changed = [key for key in load if held.get(key) != load[key]]
+        if changed:
+            raise ValueError(f"{output} holds runs with another {', '.join(changed)}: take another --output")
+    elif output.exists() and any(output.iterdir()):
+        raise ValueError(f"{output} holds other things, or runs of an unknown load: take another --output")
+    else:
+        output.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(load))
+
+
+def described(load: dict[str, Any]) -> str:
+    """A load in words."""
+    if load["concurrency"] is None:
+        how = f"{'Poisson' if load['arrivals'] == 'poisson' else 'evenly spaced'} arrivals, {load['rate']:g} per second"
+    else:
+        how = f"{load['concurrency']} always in flight"
+    sizes = f"{load['prompt_bytes']} bytes in, {load['output_tokens']} tokens out"
+    return f"{load['requests']} requests of each run, {how}, {sizes}"
 
 
 async def _run_missing(arguments: argparse.Namespace) -> None:
@@ -66,7 +109,6 @@ async def _run_missing(arguments: argparse.Namespace) -> None:
     missing = [(tool, n) for tool, n in runs if not _file(arguments.output, tool, n).exists()]
     if not missing:
         return
-    arguments.output.mkdir(parents=True, exist_ok=True)
     prompts = _write_prompts(arguments.output)
     async with serving([sys.executable, "-m", "cluster.cli", "serve"], _SERVER) as server:
         for tool, number in missing:
@@ -151,7 +193,7 @@ def _table(arguments: argparse.Namespace) -> int:
         tool: [_read(_file(arguments.output, tool, n), tool) for n in range(arguments.repetitions)] for tool in _TOOLS
     }
     facts = machine()
-    print(f"{facts['cpu']}, {facts['num_cores']} cores\n")
+    print(f"{facts['cpu']}, {facts['num_cores']} cores; {described(load_of(arguments))}\n")
     print("| metric | tool | requests | p50, ms | runs | against ours | p99, ms | 95 % interval | runs |")
     print("|---|---|---|---|---|---|---|---|---|")
     is_far = False

@@ -209,9 +209,11 @@ def lag(sample: Sample, slo: Slo | None) -> dict[str, Any]:
 
 
 def phases(traces: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """Means in ms of the phases of Baton's own request traces; None without traces.
+    """Means and p99 in ms of the phases of Baton's own request traces; None without traces.
 
-    The hidden part of a transfer ran beside prefill and adds nothing to the request's time.
+    Both are over all requests that got a token, where a phase that one did not have took 0 ms; only `tpot` is over
+    those that have one. None: nobody had it. The hidden part of a transfer ran beside prefill and adds nothing to the
+    request's time.
     """
     whole = [trace for trace in traces if trace.get("ttft_ms") is not None]
     if not whole:
@@ -219,8 +221,10 @@ def phases(traces: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     means, p99 = {}, {}
     for name in (*PHASES, "failover_ttft", "transfer", "ttft", "tpot", "total"):
         values = [float(trace[f"{name}_ms"]) for trace in whole if trace.get(f"{name}_ms") is not None]
-        means[name] = _round(sum(values) / len(whole)) if values else None
-        p99[name] = _round(float(np.quantile(values, 0.99))) if values else None
+        if values and name != "tpot":
+            values += [0.0] * (len(whole) - len(values))
+        means[name] = _round(np.mean(values)) if values else None
+        p99[name] = _round(np.quantile(values, 0.99)) if values else None
     return {"num_requests": len(whole), "mean_ms": means, "p99_ms": p99}
 
 

@@ -48,6 +48,20 @@ def test_latency_counts_from_the_scheduled_time_however_late_the_request_was_wri
     assert sample.lag_s == [1.25]
 
 
+def test_mean_and_p99_of_a_phase_are_of_the_same_requests() -> None:
+    traces = [{"ttft_ms": 10.0, "prefill_ms": 4.0, "tpot_ms": 2.0, "failover_ms": None} for _ in range(199)]
+    traces += [{"ttft_ms": 1000.0, "prefill_ms": 4.0, "tpot_ms": None, "failover_ms": 900.0}]
+    traces += [{"ttft_ms": None, "prefill_ms": 8.0, "failover_ms": 5000.0}]  # it got no token
+    found = metrics.phases(traces)
+    assert found is not None
+    mean, p99 = found["mean_ms"], found["p99_ms"]
+    assert found["num_requests"] == 200
+    assert (mean["prefill"], p99["prefill"]) == (4.0, 4.0)
+    assert (mean["failover"], p99["failover"]) == (4.5, 0.0), "one of 200 is beyond the p99"
+    assert (mean["tpot"], p99["tpot"]) == (2.0, 2.0), "an answer of one token has none"
+    assert (mean["transfer"], p99["transfer"]) == (None, None), "nobody had one"
+
+
 def test_tokens_of_one_event_came_together() -> None:
     sample = Sample([outcome(0, 0.0, [1.0, 2.0], [1, 3])], 0.0, WHOLE)
     assert sample.gap_s.tolist() == [1.0, 0.0, 0.0]

@@ -65,6 +65,7 @@ def _questions(is_interactive: bool) -> Iterator[str]:
         yield question
 
 
+_OWNER: Final = "baton"
 _SIM_MODEL_NAME: Final = "baton-sim"
 _SIM_MAX_TOKENS: Final = 64
 """A simulated model never ends its answer by itself."""
@@ -85,24 +86,35 @@ class Chat:
         models = self._models()
         if not models:
             raise ClientError(f"{connection.url} serves no model")
+        self._has_waterfalls = self._may_inspect(models[0])
         self.model = str(models[0]["id"])
         if self.model == _SIM_MODEL_NAME:
             self._options.setdefault("max_tokens", _SIM_MAX_TOKENS)
 
     def _models(self) -> list[dict[str, Any]]:
-        """What is served. Keys are tried here, so that a wrong one shows before any question is answered.
+        """What is served. The API key is tried here, so that a wrong one shows before any question is answered.
 
         Raises:
-            ClientError: the API key, or the cluster's secret, which opens the waterfalls, is refused.
+            ClientError: the API key is refused.
         """
-        if self._connection.token is not None:
-            with contextlib.suppress(client.NotFound):  # nobody's request: it is the secret that matters
-                self._connection.ask("/internal/trace/none")
         try:
             return list(self._connection.get("/v1/models", self._headers)["data"])
         except client.Refused as error:
             whose = "refuses the API key" if self._headers else "wants an API key"
             raise ClientError(f"{self.url} {whose} ({error}); set {_KEY_ENV} or give --api-key-file") from error
+
+    def _may_inspect(self, model: dict[str, Any]) -> bool:
+        """Does it show its waterfalls to us? Who neither runs here nor calls itself Baton is not told the secret.
+
+        Raises:
+            ClientError: the secret is refused.
+        """
+        connection = self._connection
+        if connection.token is None or (connection.server is None and model.get("owned_by") != _OWNER):
+            return False
+        with contextlib.suppress(client.NotFound):  # nobody's request: it is the secret that matters
+            connection.ask("/internal/trace/none")
+        return True
 
     @property
     def url(self) -> str:
@@ -151,8 +163,8 @@ class Chat:
         raise ClientError("the answer was cut off")
 
     def _show_waterfall(self, request_id: str) -> None:
-        """One line on stderr, if this server is ours. The record is complete when all workers have reported."""
-        if self._connection.token is None:
+        """One line on stderr, if we may see it. The record is complete when all workers have reported."""
+        if not self._has_waterfalls:
             return
         deadline = time.monotonic() + _TRACE_LIMIT_S
         while time.monotonic() < deadline:

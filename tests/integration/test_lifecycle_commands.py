@@ -7,8 +7,12 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -90,6 +94,49 @@ def test_a_url_of_a_server_that_is_not_ours_can_not_be_inspected(server: StubSer
     asked = run(empty, "chat", "hi", "--url", url, env={"BATON_CLUSTER_SECRET": "x" * 32})
     assert (asked.returncode, asked.stdout, asked.stderr) == (1, "", wrong.stderr), "it was answered first"
     empty.rmdir()
+
+
+class Foreign(BaseHTTPRequestHandler):
+    """A server of somebody else: it knows no path of ours, and forbids what it does not know."""
+
+    heard: ClassVar[list[tuple[str, str | None]]] = []
+
+    def do_GET(self) -> None:
+        """Its models."""
+        self.heard.append((self.path, self.headers.get("authorization")))
+        is_known = self.path == "/v1/models"
+        body = json.dumps({"data": [{"id": "m", "owned_by": "somebody"}]} if is_known else {}).encode()
+        self.send_response(200 if is_known else 403)
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_POST(self) -> None:
+        """One word."""
+        self.heard.append((self.path, self.headers.get("authorization")))
+        self.rfile.read(int(self.headers["content-length"]))
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b'data: {"id": "1", "choices": [{"delta": {"content": "yes"}}]}\n\ndata: [DONE]\n\n')
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Silence."""
+
+
+def test_who_is_not_baton_is_talked_to_and_not_told_the_secret() -> None:
+    foreign = ThreadingHTTPServer(("127.0.0.1", 0), Foreign)
+    serving = threading.Thread(target=foreign.serve_forever, kwargs={"poll_interval": 0.01})
+    serving.start()
+    try:
+        url = f"http://127.0.0.1:{foreign.server_port}"
+        with tempfile.TemporaryDirectory(prefix="bn-", dir="/tmp") as nothing:
+            done = run(Path(nothing), "chat", "hi", "--url", url, env={"BATON_CLUSTER_SECRET": "x" * 32})
+    finally:
+        foreign.shutdown()
+        serving.join()
+        foreign.server_close()
+    assert (done.returncode, done.stdout, done.stderr) == (0, "yes\n", "")
+    assert Foreign.heard == [("/v1/models", None), ("/v1/chat/completions", None)]
 
 
 def test_a_wrong_api_key_is_said_before_anything_is_asked(server: StubServer, tmp_path: Path) -> None:

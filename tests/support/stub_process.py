@@ -179,7 +179,7 @@ class RouterHandler(BaseHTTPRequestHandler):
         elif self.path == "/v1/models" and self.headers.get("authorization") == "Bearer wrong":
             self._answer(401, {"error": {"message": "The API key is not known here."}})
         elif self.path == "/v1/models":
-            self._answer(200, {"data": [{"id": self.stub.spec["served_model_name"]}]})
+            self._answer(200, {"data": [{"id": self.stub.spec["served_model_name"], "owned_by": "baton"}]})
         else:
             self._answer(404, {"error": {"message": f"nothing at {self.path}"}})
 

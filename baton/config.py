@@ -184,6 +184,12 @@ class Config(_Section):
             raise ValueError("model.quantization: int8 is computed on the CPU only, not on cuda; cuda has fp8")
         if "transports" in self.transfer.model_fields_set and self.transfer.transports != ("cuda_ipc",):
             raise ValueError("transfer.transports: out of a CUDA device KV travels by cuda_ipc alone")
+        is_float32 = self.model.dtype == "float32"
+        if self.model.quantization == "fp8" and is_float32:
+            raise ValueError("model.quantization: fp8 goes with model.dtype bfloat16, not float32")
+        if self.engine.prompt_attention == "flash" and (is_float32 or self.engine.kv_dtype == "fp8"):
+            what = "model.dtype float32" if is_float32 else "engine.kv_dtype fp8"
+            raise ValueError(f"engine.prompt_attention: flash does not compute with {what}; take auto or triton")
 
 
 def load_config(path: str | None = None, settings: dict[str, Any] | None = None) -> Config:

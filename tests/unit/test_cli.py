@@ -106,6 +106,19 @@ def test_who_computes_prompts_is_a_choice_on_cuda_alone() -> None:
         configure(*choice)
 
 
+@pytest.mark.parametrize(
+    ("setting", "what"),
+    [("engine.kv_dtype=fp8", "engine.kv_dtype fp8"), ("model.dtype=float32", "model.dtype float32")],
+)
+def test_flash_is_refused_at_once_where_it_would_not_compute(setting: str, what: str) -> None:
+    for choice in ("auto", "triton"):
+        configure("--device", "cuda", "--set", setting, "--set", f"engine.prompt_attention={choice}")
+    why = f"^engine.prompt_attention: flash does not compute with {what}; take auto or triton$"
+    with pytest.raises(ValueError, match=why):
+        configure("--device", "cuda", "--set", setting, "--set", "engine.prompt_attention=flash")
+    configure("--device", "cuda", "--set", "engine.prompt_attention=flash")
+
+
 def test_kv_on_a_cuda_device_travels_by_cuda_ipc() -> None:
     assert configure("--device", "cuda").kv_transports == ("cuda_ipc",)
 

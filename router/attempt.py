@@ -27,7 +27,7 @@ from baton.request import AttemptId, RequestId, SamplingParams, TokenEvent
 from protos import worker_pb2 as pb
 from router.codec import event_from_proto, sampling_to_proto
 from router.fleet import Fleet
-from router.placement import Placement, WorkerKey, another_decode
+from router.placement import Group, Placement, WorkerKey, another_decode
 from router.timeline import AttemptRecord, Timeline
 from router.worker_link import WorkerLink
 
@@ -99,8 +99,8 @@ class Attempt:
 
     # ---- the consumer
 
-    def begin(self, placement: Placement) -> str:
-        """Send it. Returns the fingerprint of the model that computes it.
+    def begin(self, placement: Placement) -> Group:
+        """Send it. Returns the group that computes it.
 
         Raises:
             WorkerLost: a chosen worker went away since.
@@ -118,7 +118,7 @@ class Attempt:
         self._record = self._work.timeline.attempt(prefill_worker, decode.worker_id, now)
         self._call_later(self._work.deadline - now, self._on_deadline)
         start.send(pb.RouterMessage(start=self._start_message(None if is_local else decode, now)))
-        return start.hello.fingerprint
+        return start.view().group
 
     async def receive(self) -> list[TokenEvent]:
         """The next tokens in order, at least one. The last one of all carries the finish reason.

@@ -16,7 +16,7 @@ from baton.errors import Cancelled, Overloaded, ServeError, Unavailable
 from baton.request import TokenEvent, attempt_id
 from router.attempt import Attempt, Work
 from router.fleet import Fleet
-from router.placement import Placement, WorkerKey, place
+from router.placement import Group, Placement, WorkerKey, place
 from router.timeline import TimelineBook
 
 logger = logging.getLogger("router")
@@ -71,10 +71,10 @@ class Generation:
         """
         dispatcher, work = self._dispatcher, self.work
         avoid: set[WorkerKey] = set()
-        fingerprint: str | None = None
+        group: Group | None = None
         number = failures = 0
         while True:
-            placement = await self._place(avoid, fingerprint)
+            placement = await self._place(avoid, group)
             number += 1
             self._attempt = attempt = Attempt(
                 attempt_id(work.request_id, number),
@@ -85,7 +85,7 @@ class Generation:
                 max_unread_tokens=dispatcher.max_unread_tokens,
             )
             try:
-                fingerprint = attempt.begin(placement)
+                group = attempt.begin(placement)
                 while True:
                     events = await attempt.receive()
                     self._delivered.extend(event.token_id for event in events)
@@ -107,7 +107,7 @@ class Generation:
                     raise  # every worker has said no
             finally:
                 attempt.close()
-            attempt.settle()  # another one follows: its moments do not count any more
+            attempt.settle()  # another one follows: nobody waits for what its workers have yet to tell
             if is_overloaded and self._delivered:
                 await asyncio.sleep(_OVERLOAD_PAUSE_S)
 
@@ -131,7 +131,7 @@ class Generation:
             book.expect(timeline, self._attempt.settle)
             self._attempt.when_settled(lambda: book.add(timeline))
 
-    async def _place(self, avoid: set[WorkerKey], fingerprint: str | None) -> Placement:
+    async def _place(self, avoid: set[WorkerKey], group: Group | None) -> Placement:
         """The best workers; a request that has begun waits a while for some to come back.
 
         Raises:
@@ -151,14 +151,14 @@ class Generation:
                 len(tokens),
                 cached_tokens=fleet.cached_tokens(chain),
                 avoid=avoid,
-                fingerprint=fingerprint,
+                group=group,
                 local_prefill_max_tokens=dispatcher.local_prefill_max_tokens,
             )
             if placement is not None:
                 fleet.record_prefix(placement, chain)
                 return placement
             remaining_s = patience - dispatcher.clock.now()
-            if fingerprint is None or remaining_s <= 0:
+            if group is None or remaining_s <= 0:
                 raise Unavailable("No worker can serve the request.")
             try:
                 async with asyncio.timeout(remaining_s):

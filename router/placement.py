@@ -22,6 +22,13 @@ class WorkerKey(NamedTuple):
     incarnation: str
 
 
+class Group(NamedTuple):
+    """Workers of one group can exchange KV and go on with each other's requests: they compute the same tokens."""
+
+    fingerprint: str
+    kv_dtype: str
+
+
 @dataclass(frozen=True, slots=True)
 class WorkerView:
     """A live worker as placement sees it: its last heartbeat, raised by what this router has sent since."""
@@ -43,9 +50,9 @@ class WorkerView:
     """Attempts that this router ever sent there: breaks ties, so that idle workers take turns."""
 
     @property
-    def group(self) -> tuple[str, str]:
-        """Workers of one group can exchange KV."""
-        return self.fingerprint, self.kv_dtype
+    def group(self) -> Group:
+        """Whose KV and tokens are like its own."""
+        return Group(self.fingerprint, self.kv_dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +74,7 @@ def place(
     *,
     cached_tokens: Mapping[WorkerKey, int] | None = None,
     avoid: Collection[WorkerKey] = (),
-    fingerprint: str | None = None,
+    group: Group | None = None,
     local_prefill_max_tokens: int = 0,
 ) -> Placement | None:
     """The best workers for a prompt of `num_tokens`; None if nobody can take it.
@@ -75,12 +82,10 @@ def place(
     Prefill goes where queue + uncached prompt is shortest. Decode goes where there is room for the prompt's KV, then
     to the emptiest. The decode worker prefills by itself if nobody else can or if the uncached prompt has at most
     `local_prefill_max_tokens`. Avoided workers are used only where nobody else is left; for prefill never, as long as
-    a decode worker is there. `fingerprint` pins the model that began the request.
+    a decode worker is there. `group` pins the model that began the request, and what its KV is stored as.
     """
     cached = cached_tokens or {}
-    usable = [
-        view for view in fleet if not view.is_draining and (fingerprint is None or view.fingerprint == fingerprint)
-    ]
+    usable = [view for view in fleet if not view.is_draining and group in (None, view.group)]
 
     def uncached(view: WorkerView) -> int:
         return max(1, num_tokens - cached.get(view.key, 0))

@@ -68,6 +68,7 @@ class FakeWorker:
     script: Script = field(default_factory=Script)
     incarnation: str = "1"
     fingerprint: str = "model-1"
+    kv_dtype: str = "float32"
     max_model_len: int = 4096
     num_blocks: int = 512
     protocol: int = 1
@@ -231,7 +232,7 @@ class _Session:
             role=worker.role,
             tp_size=1,
             fingerprint=worker.fingerprint,
-            kv_dtype="float32",
+            kv_dtype=worker.kv_dtype,
             max_model_len=worker.max_model_len,
             block_size=16,
             num_blocks=worker.num_blocks,

@@ -8,7 +8,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.placement import Placement, PrefixMemory, WorkerKey, WorkerView, another_decode, place
+from router.placement import Group, Placement, PrefixMemory, WorkerKey, WorkerView, another_decode, place
 
 
 def view(name: str, role: str = "", **fields: Any) -> WorkerView:
@@ -99,10 +99,12 @@ def test_kv_goes_only_between_workers_of_one_group() -> None:
     assert names(place([*fleet, view("d2", num_free_blocks=10)], 100)) == ("p0", "d2")
 
 
-def test_a_request_stays_with_the_model_that_began_it() -> None:
-    fleet = [view("p0", fingerprint="g"), view("d0"), view("d1", fingerprint="g")]
-    assert names(place(fleet, 100, fingerprint="g")) == ("p0", "d1")
-    assert place(fleet, 100, fingerprint="h") is None
+def test_a_request_stays_with_the_model_and_the_kv_that_began_it() -> None:
+    fleet = [view("p0", fingerprint="g"), view("d0"), view("d1", fingerprint="g"), view("d2", kv_dtype="fp8")]
+    assert names(place(fleet, 100, group=Group("g", "float32"))) == ("p0", "d1")
+    assert names(place(fleet, 100, group=Group("f", "fp8"))) == (None, "d2")
+    assert place(fleet, 100, group=Group("h", "float32")) is None
+    assert place(fleet, 100, group=Group("g", "fp8")) is None
 
 
 def test_a_mixed_worker_keeps_what_it_prefilled_unless_another_is_much_emptier() -> None:

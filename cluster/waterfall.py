@@ -60,13 +60,13 @@ def picture(trace: Mapping[str, Any], width: int = 100) -> str:
         lines += [_draw(bar, span, room) for bar in bars]
     lines.append("")
     if trace.get("tpot_ms") is not None:
-        label = f"  decode    {trace.get('decode_worker')}"
+        label = f"  decode    {_decoders(trace)}"
         lines.append(
             f"{label:<{_LABEL_CHARS}}{_ms(trace.get('decode_ms')):>8}  {int(trace.get('num_tokens', 1)) - 1} further "
             f"tokens, {_ms(trace['tpot_ms'])} ms each"
             + (f"; hand-over {_ms(trace['handover_ms'])} ms" if trace.get("handover_ms") is not None else "")
         )
-    lines += _failures(trace)
+    lines += _attempts(trace)
     lines.append(f"{'  total':<{_LABEL_CHARS}}{_ms(trace.get('total_ms')):>8}")
     if trace.get("clock_error_ms"):
         lines.append(f"  the workers' clocks are mapped to the router's within {_ms(trace['clock_error_ms'])} ms")
@@ -75,7 +75,9 @@ def picture(trace: Mapping[str, Any], width: int = 100) -> str:
 
 def _bars(trace: Mapping[str, Any], moments: Mapping[str, Mapping[str, float]]) -> list[_Bar]:
     router = moments.get("router", {})
-    first_worker, decode_worker = str(trace.get("prefill_worker")), str(trace.get("decode_worker"))
+    attempts = trace.get("every_attempt")
+    told = attempts[trace["told_attempt"] - 1] if attempts else trace
+    first_worker, decode_worker = str(told.get("prefill_worker")), str(told.get("decode_worker"))
     start, decode = moments.get(first_worker, {}), moments.get(decode_worker, {})
     bars: list[_Bar] = []
 
@@ -83,8 +85,8 @@ def _bars(trace: Mapping[str, Any], moments: Mapping[str, Mapping[str, float]]) 
         if begin is not None and end is not None and end >= begin:
             bars.append(_Bar(label, where, begin, end, **more))
 
-    if trace.get("failover_ttft_ms"):
-        first = trace["every_attempt"][0]["moments_ms"]["router"]["placed"]
+    if attempts and trace["told_attempt"] > 1:
+        first = attempts[0]["moments_ms"]["router"]["placed"]
         add("fail-over", "router", first, router.get("placed"))
         add("route", "router", router.get("placed"), start.get("received"))
     else:
@@ -100,15 +102,21 @@ def _bars(trace: Mapping[str, Any], moments: Mapping[str, Mapping[str, float]]) 
     return bars
 
 
-def _failures(trace: Mapping[str, Any]) -> list[str]:
-    """What time the attempts that failed have cost, and why they did."""
-    if trace.get("failover_ms") is None:
+def _decoders(trace: Mapping[str, Any]) -> str:
+    """Who gave the tokens after the first: after a fail-over, one worker and then another."""
+    attempts = trace.get("every_attempt") or [trace]
+    return ", ".join(dict.fromkeys(str(attempt["decode_worker"]) for attempt in attempts if attempt["num_tokens"] > 1))
+
+
+def _attempts(trace: Mapping[str, Any]) -> list[str]:
+    """Every attempt, where there was more than one, and what time those that failed have cost."""
+    attempts = trace.get("every_attempt", ())
+    if len(attempts) < 2:
         return []
     lines = [f"{'  fail-over':<{_LABEL_CHARS}}{_ms(trace['failover_ms']):>8}"]
-    for number, attempt in enumerate(trace.get("every_attempt", ()), 1):
-        if attempt["failure"]:
-            what = f"{attempt['num_tokens']} tokens, then {attempt['failure']}"
-            lines.append(f"    attempt {number}, {_workers(attempt)}: {what}")
+    for number, attempt in enumerate(attempts, 1):
+        failure = f", then {attempt['failure']}" if attempt["failure"] else ""
+        lines.append(f"    attempt {number}, {_route(attempt)}: {attempt['num_tokens']} tokens{failure}")
     return lines
 
 
@@ -133,19 +141,16 @@ def _tokens(record: Mapping[str, Any]) -> str:
 
 
 def _route(record: Mapping[str, Any]) -> str:
-    if not record.get("prefill_worker") and not record.get("decode_worker"):
-        return ""
-    route = _workers(record)
-    kv_bytes = record.get("kv_bytes") or 0
-    if kv_bytes:
-        route += f", {size(kv_bytes)} KV by {record.get('transport')}"
-    attempts = record.get("attempts") or 1
-    return route if attempts == 1 else f"{route}, {attempts} attempts"
-
-
-def _workers(record: Mapping[str, Any]) -> str:
+    """Who worked on it, and what KV went between them; of several attempts, who did the last one."""
     first, decode = record.get("prefill_worker"), record.get("decode_worker")
-    return str(decode) if first == decode else f"{first} -> {decode}"
+    if not first and not decode:
+        return ""
+    route = str(decode) if first == decode else f"{first} -> {decode}"
+    attempts = record.get("attempts") or 1
+    if attempts > 1:  # the KV is an earlier one's
+        return f"{route}, {attempts} attempts"
+    kv_bytes = record.get("kv_bytes") or 0
+    return f"{route}, {size(kv_bytes)} KV by {record.get('transport')}" if kv_bytes else route
 
 
 def _exposed(record: Mapping[str, Any]) -> str:

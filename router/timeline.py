@@ -89,10 +89,20 @@ class Timeline:
     attempts: list[AttemptRecord] = field(default_factory=list)
 
     @property
+    def told_attempt(self) -> int:
+        """The number, from 1 on, of the attempt whose phases are told: it gave the first token. Without one: the last."""
+        numbers = (number for number, attempt in enumerate(self.attempts, 1) if attempt.num_tokens)
+        return next(numbers, len(self.attempts))
+
+    @property
     def told(self) -> AttemptRecord:
-        """The attempt that gave the first token, whose phases the waterfall shows; before any token, the last one."""
-        newest = self.attempts[-1] if self.attempts else _NO_ATTEMPT
-        return next((attempt for attempt in self.attempts if attempt.num_tokens), newest)
+        """That attempt."""
+        return self.attempts[self.told_attempt - 1] if self.attempts else _NO_ATTEMPT
+
+    @property
+    def last(self) -> AttemptRecord:
+        """The attempt that finished the request, or failed last."""
+        return self.attempts[-1] if self.attempts else _NO_ATTEMPT
 
     def attempt(self, prefill: str, decode: str, now: float) -> AttemptRecord:
         """A new attempt was placed; tokens are its own from here on."""
@@ -172,8 +182,8 @@ class Timeline:
         return {f"{name}_ms": None if value is None else round(value * 1e3, 3) for name, value in parts.items()}
 
     def summary(self) -> dict[str, Any]:
-        """The fields of the log line."""
-        told = self.told
+        """The fields of the log line: the workers of the last attempt, and what was measured of `told`."""
+        told, last = self.told, self.last
         return {
             "request_id": self.request_id,
             "x_request_id": self.client_request_id,
@@ -186,8 +196,8 @@ class Timeline:
             "num_reused_tokens": told.num_reused_tokens,
             "num_tokens": self.num_tokens,
             "attempts": len(self.attempts),
-            "prefill_worker": told.start_worker,
-            "decode_worker": told.decode_worker,
+            "prefill_worker": last.start_worker,
+            "decode_worker": last.decode_worker,
             "transport": told.transport,
             "kv_bytes": told.kv_bytes,
             "clock_error_ms": round(told.clock_error_s * 1e3, 3),
@@ -197,8 +207,10 @@ class Timeline:
     def trace(self) -> dict[str, Any]:
         """The summary and every moment, in ms since arrival: what `baton trace` shows.
 
-        `moments_ms` has the router and the workers of the attempt whose phases the summary tells; `every_attempt`, in
-        order, the workers of each, how many tokens it gave and why it failed.
+        `every_attempt` has, in order, the workers of each, what went between them, what they measured, how many tokens
+        it gave and why it failed. Workers tell what they measured when the first token or the KV is there: an attempt
+        that failed before has the router's `placed` alone. `moments_ms` has the router's moments and those of the
+        workers of `told_attempt`, whose phases the summary tells.
         """
         own: dict[str, float | None] = {
             "arrived": self.arrived,
@@ -214,12 +226,18 @@ class Timeline:
                 "decode_worker": attempt.decode_worker,
                 "num_tokens": attempt.num_tokens,
                 "failure": attempt.failure,
+                "transport": attempt.transport,
+                "kv_bytes": attempt.kv_bytes,
                 "moments_ms": self._in_ms({"router": {"placed": attempt.placed}, **attempt.moments}),
             }
             for attempt in self.attempts
         ]
-        moments = self._in_ms({"router": own, **self.told.moments})
-        return {**self.summary(), "moments_ms": moments, "every_attempt": every_attempt}
+        return {
+            **self.summary(),
+            "told_attempt": self.told_attempt,
+            "moments_ms": self._in_ms({"router": own, **self.told.moments}),
+            "every_attempt": every_attempt,
+        }
 
     def _steps(self, begin: int) -> Sequence[float]:
         """The intervals from that one on, but for fail-overs."""

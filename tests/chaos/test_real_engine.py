@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from cluster import waterfall
 from tests.integration.test_faults import assert_undisturbed, kill, once, prompt_of, stream, wait_until_whole
 from tests.support.system import System, serve
 
@@ -38,6 +39,24 @@ def audited(system: System) -> Iterator[None]:
     system.audit()
 
 
+def assert_told(system: System, request_id: str) -> None:
+    """The log names who finished the request, the trace each attempt, the picture who did what."""
+    line = system.finished(request_id)
+    assert (line["attempts"], line["prefill_worker"], line["decode_worker"]) == (2, "prefill-0", "prefill-0")
+    trace = system.trace(request_id)
+    first, second = trace["every_attempt"]
+    assert (first["prefill_worker"], first["decode_worker"], first["kv_bytes"] > 0) == ("prefill-0", "decode-0", True)
+    assert (second["prefill_worker"], second["decode_worker"], second["kv_bytes"]) == ("prefill-0", "prefill-0", 0)
+    assert first["num_tokens"] >= 20
+    assert first["num_tokens"] + second["num_tokens"] == 300
+    assert (bool(first["failure"]), second["failure"]) == (True, "")
+    assert (trace["told_attempt"], trace["failover_ttft_ms"], trace["failover_ms"] > 0) == (1, 0.0, True)
+    drawn = waterfall.picture(trace)
+    assert "\n  transfer  to decode-0 " in drawn
+    assert "\n  decode    decode-0, prefill-0 " in drawn
+    assert f"\n    attempt 2, prefill-0: {second['num_tokens']} tokens\n" in drawn
+
+
 def test_a_stopped_follower_stops_its_worker_and_the_prefill_worker_goes_on(
     system: System, expected: list[int]
 ) -> None:
@@ -51,8 +70,7 @@ def test_a_stopped_follower_stops_its_worker_and_the_prefill_worker_goes_on(
     finally:
         os.kill(pids[0], signal.SIGCONT)
     assert_undisturbed(outcome, expected)
-    line = system.finished(outcome.request_id)
-    assert (line["attempts"], line["decode_worker"]) == (2, "prefill-0")
+    assert_told(system, outcome.request_id)
     assert wait_until_whole(system) == before
     again = stream(system, PROMPT, 300, temperature=0)
     assert_undisturbed(again, expected)
@@ -69,8 +87,7 @@ def test_a_killed_follower_takes_its_worker_along_and_the_prefill_worker_goes_on
 
     outcome = stream(system, PROMPT, 300, once(20, strike), temperature=0)
     assert_undisturbed(outcome, expected)
-    line = system.finished(outcome.request_id)
-    assert (line["attempts"], line["decode_worker"]) == (2, "prefill-0")
+    assert_told(system, outcome.request_id)
     after = wait_until_whole(system)
     assert after["prefill-0"] == before["prefill-0"]
     assert after["decode-0"] != before["decode-0"]

@@ -78,6 +78,23 @@ def test_a_decode_workers_session_may_break(index: int) -> None:
     survives(two_pairs(d0=Script(hang_up_at=index)), 2)
 
 
+def test_only_a_worker_that_stores_kv_alike_goes_on_with_a_request() -> None:
+    """Rounded KV gives other tokens."""
+
+    def make() -> FakeCluster:
+        cluster = FakeCluster()
+        cluster.add("m0", "mixed", script=Script(die_at=5))
+        cluster.add("m1", "mixed", kv_dtype="float8_e4m3fn")  # would be taken before m2
+        cluster.add("m2", "mixed")
+        return cluster
+
+    async def scenario(here: Site) -> None:
+        assert await streamed(here) == (EXPECTED, "length")
+        assert [len(here.cluster.workers[name].started) for name in ("m0", "m1", "m2")] == [1, 0, 1]
+
+    run(make, scenario)
+
+
 def test_a_prefill_worker_may_die_before_the_first_token() -> None:
     survives(two_pairs(p0=Script(die_at=0)), 2)
 
@@ -439,7 +456,11 @@ def test_a_trace_tells_the_time_that_a_failed_attempt_has_cost(die_at: int, is_b
         assert (first["num_tokens"] == 0) is is_before_token_1
         assert (first["failure"], second["failure"]) == ("worker_lost", "")
         told = second if is_before_token_1 else first
-        assert trace["moments_ms"][trace["prefill_worker"]] == told["moments_ms"][told["prefill_worker"]]
+        assert trace["told_attempt"] == trace["every_attempt"].index(told) + 1
+        assert trace["moments_ms"][told["prefill_worker"]] == told["moments_ms"][told["prefill_worker"]]
+        assert (set(first["moments_ms"]) == {"router"}) is is_before_token_1
+        for role in ("prefill_worker", "decode_worker"):
+            assert trace[role] == second[role], "it finished the request"
         assert trace["failover_ms"] > 0
         assert (trace["failover_ttft_ms"] > 0) is is_before_token_1
         assert trace["total_ms"] + 0.01 >= trace["failover_ms"] + trace["decode_ms"]

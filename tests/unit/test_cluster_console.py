@@ -19,7 +19,7 @@ _RECORD = {
     "num_prompt_tokens": 63,
     "num_cached_tokens": 48,
     "num_tokens": 45,
-    "attempts": 2,
+    "attempts": 1,
     "prefill_worker": "prefill-0",
     "decode_worker": "decode-0",
     "transport": "shm",
@@ -62,8 +62,12 @@ def test_people_get_a_request_in_one_line() -> None:
     assert shown("text", json.dumps(_RECORD))[9:] == (
         "cmpl-1 stop | 63 (48 cached) -> 45 tokens | first token 16.0 ms (route 1.90 + queue 0.14 + prefill 12.6) | "
         "transfer 1.72 (0.87 exposed, shm) | decode 40.1 (0.91 per token) | total 1046 ms | "
-        "prefill-0 -> decode-0, 15.0 KiB KV by shm, 2 attempts\n"
+        "prefill-0 -> decode-0, 15.0 KiB KV by shm\n"
     )
+
+
+def test_workers_of_several_attempts_are_the_last_ones_and_named_without_an_earlier_ones_kv() -> None:
+    assert waterfall.line({**_RECORD, "attempts": 2}).endswith(" | total 1046 ms | prefill-0 -> decode-0, 2 attempts")
 
 
 def test_people_get_a_warning_with_its_origin_and_its_values() -> None:

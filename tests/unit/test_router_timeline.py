@@ -106,8 +106,7 @@ def test_what_nobody_measured_is_unknown() -> None:
 
 def test_an_attempt_that_gave_no_token_is_time_lost_before_the_phases_of_the_next_one() -> None:
     timeline = Timeline("r", 0.1)
-    timeline.attempt("q", "e", 0.101).worker_moments("q", {"received": 0.105, "prefill_begin": 0.3}, 0, "shm", 0)
-    timeline.attempts[0].failure = "worker_lost"
+    timeline.attempt("q", "e", 0.101).failure = "worker_lost"  # and its workers never told a moment
     hand_over(timeline, 0.5)
     timeline.tokens(0.6125, 1, 0)
     timeline.tokens(0.6195, 1, 0)
@@ -116,12 +115,13 @@ def test_an_attempt_that_gave_no_token_is_time_lost_before_the_phases_of_the_nex
     names = ("route", "queue", "prefill", "transfer", "failover", "failover_ttft", "ttft")
     assert [trace[f"{name}_ms"] for name in names] == [1.5, 0.5, 10.0, 10.0, 500.0, 500.0, 512.5]
     assert (trace["prefill_worker"], trace["decode_worker"], trace["attempts"]) == ("p", "d", 2)
-    assert set(trace["moments_ms"]) == {"router", "p", "d"}
-    assert trace["every_attempt"][0]["moments_ms"]["q"] == {"received": 5.0, "prefill_begin": 200.0}
+    assert (trace["told_attempt"], set(trace["moments_ms"])) == (2, {"router", "p", "d"})
+    assert trace["every_attempt"][0]["moments_ms"] == {"router": {"placed": 1.0}}
     drawn = waterfall.picture(trace)
     bars = [line.split()[0] for line in drawn.splitlines() if line.startswith("  ") and "#" in line]
     assert bars == ["fail-over", "route", "queue", "prefill", "transfer", "deliver"]
     assert "    attempt 1, q -> e: 0 tokens, then worker_lost\n" in drawn
+    assert "    attempt 2, p -> d, 4.0 KiB KV by shm: 2 tokens\n" in drawn
     assert " | fail-over 500.0 | " in waterfall.line(trace)
 
 
@@ -140,7 +140,39 @@ def test_a_gap_in_which_another_attempt_took_over_is_no_part_of_decode() -> None
     assert (parts["decode_ms"], parts["tpot_ms"], parts["step_ms"]) == (22.0, 5.5, 5.0)
     for name in ("route", "queue", "prefill", "transfer", "transfer_exposed", "handover", "ttft"):
         assert parts[f"{name}_ms"] == before[f"{name}_ms"]
-    assert timeline.summary()["decode_worker"] == "d"
+
+
+def test_after_a_fail_over_the_record_names_who_finished_and_each_row_who_did_it() -> None:
+    timeline = finished()  # 4 tokens by p and d
+    timeline.attempts[0].failure = "worker_lost"
+    timeline.attempt("", "p2", 0.4).worker_moments(
+        "p2", {"received": 0.41, "prefill_begin": 0.42, "prefill_end": 0.47}, 0, "", 0
+    )
+    timeline.tokens(0.4795, 1, 0)
+    timeline.tokens(0.4845, 1, 0)
+    timeline.finished = 0.485
+    trace = timeline.trace()
+    assert (trace["prefill_worker"], trace["decode_worker"], trace["attempts"]) == ("p2", "p2", 2)
+    assert (trace["told_attempt"], set(trace["moments_ms"])) == (1, {"router", "p", "d"})
+    assert [attempt["kv_bytes"] for attempt in trace["every_attempt"]] == [4096, 0]
+    assert waterfall.line(trace).endswith(" | p2, 2 attempts")
+    drawn = waterfall.picture(trace)
+    assert drawn.splitlines()[1] == "0 (16 cached) -> 6 tokens, p2, 2 attempts"
+    rows = {line.split()[0]: line.split()[1] for line in drawn.splitlines() if line.startswith("  ") and "#" in line}
+    assert rows == {"route": "router", "queue": "p", "prefill": "p", "transfer": "to", "deliver": "router"}
+    assert "\n  transfer  to d  " in drawn
+    assert "\n  decode    d, p2  " in drawn
+    assert "\n    attempt 1, p -> d, 4.0 KiB KV by shm: 4 tokens, then worker_lost\n" in drawn
+    assert "\n    attempt 2, p2: 2 tokens\n" in drawn
+
+
+def test_a_worker_that_gave_no_token_after_the_first_decoded_nothing() -> None:
+    timeline = Timeline("r", 0.0)
+    timeline.attempt("p", "d", 0.1).failure = "worker_lost"
+    timeline.tokens(0.2, 1, 0)
+    timeline.attempt("p", "d2", 0.3)
+    timeline.tokens(0.5, 3, 0)
+    assert "\n  decode    d2  " in waterfall.picture(timeline.trace())
 
 
 def test_a_fail_over_between_tokens_1_and_2_is_no_hand_over() -> None:

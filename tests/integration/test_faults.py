@@ -20,6 +20,7 @@ from typing import Any
 import httpx
 import pytest
 
+from router.worker_link import SILENCE_S
 from tests.support.system import System, eventually, generate, serve
 
 pytestmark = pytest.mark.timeout(180)
@@ -311,9 +312,11 @@ def test_a_stopped_decode_rank_is_detected_and_does_no_harm_when_it_goes_on(syst
         assert_undisturbed(outcome, expected)
         line = system.finished(outcome.request_id)
         assert line["attempts"] == 2
-        assert line["route_ms"] < 1000, (
-            "the parts are the last attempt's, which began when the worker had been given up"
-        )
+        assert line["failover_ttft_ms"] == 0, "the first token came before the fault"
+        assert line["failover_ms"] >= SILENCE_S * 1e3, "the stream stood still until the worker was given up"
+        seen_ms = line["total_ms"] - line["ttft_ms"]
+        assert line["decode_ms"] <= seen_ms - line["failover_ms"] + 0.01, "the gap is no part of decode"
+        assert line["tpot_ms"] == pytest.approx(line["decode_ms"] / (NUM_TOKENS - 2), abs=0.01), "nor of its mean"
         for seed in (6, 7, 8):  # new requests are not sent to a worker that stands still
             outcome = stream(system, prompt_of(seed), 3)
             assert outcome.is_done

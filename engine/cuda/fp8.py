@@ -12,22 +12,27 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from engine.cuda.kernels.fused import quantise_rows
+from engine.cuda.kernels.fused import LARGEST, SMALLEST, quantise_rows
 from engine.kv_pool import FP8
 from engine.model_config import ModelUnsupported
 from engine.models.decoder import kv_scale_names
 from engine.weights import WeightsMismatch, WeightSource
 
-_LARGEST: Final = 448.0
-_SMALLEST: Final = 1e-12
 _MULTIPLE: Final = 16  # of both sizes of a product's weights: cuBLAS takes no others
+_ROWS_AT_A_TIME: Final = 4096  # in float32 a matrix has four times its bytes in fp8, and loading needs some copies
 
 
 def quantised(rows: Tensor) -> tuple[Tensor, Tensor]:
     """`rows` [n, size] in fp8, the largest of each at 448, and their scales [n, 1] float32. Plain torch."""
-    wide = rows.float()
-    scales = wide.abs().amax(-1, keepdim=True).clamp(min=_SMALLEST) / _LARGEST
-    return (wide / scales).clamp(-_LARGEST, _LARGEST).to(FP8), scales
+    largest, smallest = LARGEST.value, SMALLEST.value
+    stored = torch.empty(rows.shape, dtype=FP8, device=rows.device)
+    scales = torch.empty(len(rows), 1, dtype=torch.float32, device=rows.device)
+    for begin in range(0, len(rows), _ROWS_AT_A_TIME):
+        run = slice(begin, begin + _ROWS_AT_A_TIME)
+        wide = rows[run].float()
+        scales[run] = wide.abs().amax(-1, keepdim=True).clamp(min=smallest) / largest
+        stored[run] = (wide / scales[run]).clamp_(-largest, largest).to(FP8)
+    return stored, scales
 
 
 class Fp8Linear:

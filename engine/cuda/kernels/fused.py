@@ -12,6 +12,11 @@ from torch import Tensor
 
 from engine.kv_pool import FP8
 
+LARGEST = tl.constexpr(448.0)
+"""The largest number in fp8 (e4m3)."""
+SMALLEST = tl.constexpr(1e-12)
+"""A row's largest number is taken for no less, so that a row of zeros has a scale, too."""
+
 
 @triton.jit
 def _rounded(value, dtype: tl.constexpr):
@@ -21,14 +26,14 @@ def _rounded(value, dtype: tl.constexpr):
 @triton.jit
 def _saturated(value, dtype: tl.constexpr):
     """float32 in fp8: what is too large becomes the largest number, and only NaN becomes NaN."""
-    value = tl.where(value > 448.0, 448.0, value)
-    return tl.where(value < -448.0, -448.0, value).to(dtype)
+    value = tl.where(value > LARGEST, LARGEST, value)
+    return tl.where(value < -LARGEST, -LARGEST, value).to(dtype)
 
 
 @triton.jit
 def _quantised(row, dtype: tl.constexpr):
     """A row of float32 in fp8, its largest at 448, and what multiplies it."""
-    scale = tl.maximum(tl.max(tl.abs(row), 0), 1e-12) / 448.0
+    scale = tl.maximum(tl.max(tl.abs(row), 0), SMALLEST) / LARGEST
     return _saturated(row / scale, dtype), scale
 
 

@@ -14,6 +14,8 @@ TORCH_DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """Of weights, activations and KV."""
 FP8: Final = torch.float8_e4m3fn
 """Of KV on a device, and of weights and inputs of its products. Its largest number is 448; it has NaN, no infinity."""
+STORED_DTYPES: Final = TORCH_DTYPES | {"float8_e4m3fn": FP8}
+"""Of KV, as baton.kv_layout names what is stored."""
 
 
 class KVPool(Protocol):

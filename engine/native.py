@@ -130,7 +130,7 @@ class NativeRunner:
         dtype = self.config.dtype if dtype == "auto" else dtype
         if dtype not in TORCH_DTYPES:
             raise ModelUnsupported(f"dtype must be one of {sorted(TORCH_DTYPES)}, not {dtype!r}")
-        if quantization == "fp8" and dtype != "bfloat16" and device != "cpu":
+        if cuda_device is not None and quantization == "fp8" and dtype not in cuda_device.fp8_product_dtypes:
             raise ModelUnsupported(f"quantization fp8 goes with dtype bfloat16, not {dtype}: add --dtype bfloat16")
         check_split(self.config, self._comm.size)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Final, Protocol
 
 import torch
@@ -40,6 +40,8 @@ class Device(Protocol):
 
     torch_device: torch.device
     num_multiprocessors: int
+    fp8_product_dtypes: Collection[str]
+    """What its products of rows in fp8 can give."""
 
     def check_fp8(self) -> None:
         """Raises CudaUnavailable: it can not convert to fp8, or not multiply in it."""
@@ -71,6 +73,8 @@ class CudaDevice:
 
     So what is allocated and filled on the way (weights, the pool, buffers) needs no other order than the stream's.
     """
+
+    fp8_product_dtypes: Collection[str] = ("bfloat16",)  # of cuBLAS, where rows have scales
 
     def __init__(self, index: int = 0) -> None:
         """Raises CudaUnavailable: torch has no CUDA, the machine no device, or triton is missing."""

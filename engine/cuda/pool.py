@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from baton.kv_layout import DeviceMemory, KVLayout
-from engine.kv_pool import FP8, TORCH_DTYPES
+from engine.kv_pool import STORED_DTYPES
 
 
 class DevicePool:
@@ -14,7 +14,7 @@ class DevicePool:
 
     def __init__(self, layout: KVLayout, device: torch.device) -> None:
         """Raises torch.OutOfMemoryError: the pool does not fit on the device."""
-        dtype = TORCH_DTYPES.get(layout.model.dtype, FP8)
+        dtype = STORED_DTYPES[layout.model.dtype]
         self._flat = torch.zeros(layout.pool_bytes // layout.model.itemsize_bytes, dtype=dtype, device=device)
         geometry, itemsize = layout.geometry, layout.model.itemsize_bytes
         self._layers: list[Tensor] = []

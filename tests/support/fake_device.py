@@ -11,6 +11,8 @@ from torch import Tensor
 class FakeDevice:
     """Computes on the CPU. A copy reads its source when it is done, not when it is queued."""
 
+    fp8_product_dtypes = ("float32", "bfloat16")
+
     def __init__(self) -> None:
         self.torch_device = torch.device("cpu")
         self.num_multiprocessors = 1

@@ -22,6 +22,7 @@ from baton.prefix_hash import PrefixHasher
 from baton.request import AttemptId, GenerateRequest, SamplingParams
 from engine.cuda.fp8 import Fp8Linear, kv_scales, quantised
 from engine.cuda.kernels.fused import add_rms_norm_fp8, quantise_rows, write_qkv
+from engine.cuda.pool import DevicePool
 from engine.kv_pool import FP8
 from engine.layers.norm import rms_norm
 from engine.layers.rope import rotate
@@ -116,6 +117,17 @@ def test_rows_are_quantised_as_plain_torch_does(size: int) -> None:
     assert_same_fp8(stored[finite], expected[finite])
     assert stored.float()[finite[:3]].abs().amax(1).tolist() == [448] * 3  # all of the range is used
     assert (stored.float()[4] * scales[4]).isnan().any()
+
+
+def test_a_matrix_is_quantised_row_by_row_however_many_rows_are_taken_at_a_time() -> None:
+    torch.manual_seed(4)
+    rows = (torch.randn(9000, 16) * torch.rand(9000, 1)).bfloat16()
+    stored, scales = quantised(rows)
+    assert (stored.shape, stored.dtype, scales.shape) == ((9000, 16), FP8, (9000, 1))
+    parts = [quantised(part) for part in rows.split(700)]
+    assert torch.equal(stored.float(), torch.cat([part.float() for part, _ in parts]))
+    assert torch.equal(scales, torch.cat([scale for _, scale in parts]))
+    torch.testing.assert_close(stored.float() * scales, rows.float(), rtol=2**-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("size", [64, 300])
@@ -288,6 +300,10 @@ def test_a_pool_in_fp8_has_half_of_the_bytes_and_mixes_with_its_like_only() -> N
         ({"engine.kv_dtype": "fp8", "engine.device": "cpu"}, "add --device cuda"),
         ({"model.quantization": "fp8"}, "model.quantization: fp8 is computed on a GPU only; take int8"),
         ({"model.quantization": "int8", "engine.device": "cuda"}, "cuda has fp8"),
+        (
+            {"model.quantization": "fp8", "engine.device": "cuda", "model.dtype": "float32"},
+            "^model.quantization: fp8 goes with model.dtype bfloat16, not float32$",
+        ),
         ({"engine.kv_dtype": "e5m2", "engine.device": "cuda"}, "engine.kv_dtype"),
         ({"model.quantization": "fp4"}, "model.quantization"),
     ],
@@ -297,9 +313,28 @@ def test_the_configuration_refuses_fp8_where_nothing_computes_it(settings: dict[
         load_config(settings=settings)
 
 
-def test_the_configuration_takes_fp8_on_cuda() -> None:
-    config = load_config(settings={"engine.device": "cuda", "engine.kv_dtype": "fp8", "model.quantization": "fp8"})
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_the_configuration_takes_fp8_on_cuda(dtype: str) -> None:
+    settings = {"engine.device": "cuda", "engine.kv_dtype": "fp8", "model.quantization": "fp8", "model.dtype": dtype}
+    config = load_config(settings=settings)
     assert (config.engine.kv_dtype, config.model.quantization) == ("fp8", "fp8")
+    assert load_config(settings={"engine.device": "cuda", "engine.kv_dtype": "fp8", "model.dtype": "float32"})
+
+
+def test_products_in_fp8_give_what_the_device_says_they_can(tmp_path: Path) -> None:
+    class Gpu(FakeDevice):
+        fp8_product_dtypes = ("bfloat16",)
+
+    model_dir = make_model(tmp_path, "llama")
+    with pytest.raises(ModelUnsupported, match="quantization fp8 goes with dtype bfloat16, not float32"):
+        NativeRunner(model_dir, num_blocks=4, quantization="fp8", cuda_device=Gpu())
+
+
+def test_a_pool_on_a_device_stores_what_its_layout_names() -> None:
+    names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float8_e4m3fn": torch.float8_e4m3fn}
+    for name, dtype in names.items():
+        layout = KVLayout(ModelKV((LayerSpec(2, 16),), name, "f"), KVGeometry(1, 16, 2), 0)
+        assert DevicePool(layout, torch.device("cpu")).flat.dtype == dtype
 
 
 def test_the_cpu_engine_refuses_fp8_in_one_line(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import math
 import os
 import queue
 import selectors
+import threading
 from collections import deque
 from collections.abc import Callable
 from typing import Any, Final, TypeAlias
@@ -85,7 +86,9 @@ class TransferThread:
         """What ended the thread, if it was not `close`."""
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._selector = selectors.DefaultSelector()
-        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._wake_fd: int | None = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._wake_lock = threading.Lock()
+        """Once the descriptor is closed its number may be another's, and somebody may still post."""
         self._selector.register(self._wake_fd, selectors.EVENT_READ, self._woken)
         self._is_woken = False
         self._is_closing = False
@@ -108,8 +111,9 @@ class TransferThread:
         self._commands.put((command, args))
         if is_urgent and not self._is_woken:
             self._is_woken = True
-            with contextlib.suppress(OSError):  # the thread has ended
-                os.eventfd_write(self._wake_fd, 1)
+            with self._wake_lock:
+                if self._wake_fd is not None:
+                    os.eventfd_write(self._wake_fd, 1)
 
     def stats(self) -> EndpointStats:
         """Counters, each of them current; not one consistent cut."""
@@ -202,6 +206,7 @@ class TransferThread:
         return max(0.0, min(limit_s, min(self._next_tick_s, self._switchboard.sweep_at_s) - self._clock.now()))
 
     def _woken(self, _mask: int) -> None:
+        assert self._wake_fd is not None
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._wake_fd)
 
@@ -508,12 +513,18 @@ class TransferThread:
         self._end_stopped()
         self._act()
         self._selector.close()
-        os.close(self._wake_fd)
+        self._close_wake_fd()
         if isinstance(self._pool, Pool):
             self._pool.release()
         self._publish()
         if self.failure is not None and self.on_events is not None:
             self.on_events()
+
+    def _close_wake_fd(self) -> None:
+        with self._wake_lock:
+            if self._wake_fd is not None:
+                os.close(self._wake_fd)
+                self._wake_fd = None
 
 
 def _seal(context: bytes, frame: Data, digest: bytes) -> Seal:

@@ -246,6 +246,24 @@ def test_chunks_go_out_as_they_are_written_and_the_partial_unit_only_at_the_end(
     assert destination.leader.endpoint.stats().bytes_received == sent
 
 
+def test_a_command_after_the_end_wakes_nobody_else_who_has_the_descriptor_now(lab: Lab) -> None:
+    worker = lab.worker("p")
+    thread = worker.leader.endpoint._thread
+    number = thread._wake_fd
+    assert number is not None
+    worker.leader.endpoint.close()
+    other = os.eventfd(0, os.EFD_NONBLOCK)
+    os.dup2(other, number)
+    try:
+        thread.post(print)
+        with pytest.raises(BlockingIOError):
+            os.eventfd_read(other)
+    finally:
+        os.close(other)
+        if number != other:
+            os.close(number)
+
+
 def test_the_transfer_thread_is_woken_for_a_certain_amount_of_kv(lab: Lab) -> None:
     source, destination = lab.pair()
     transfer_id = open_send(source, destination, 64, [1, 2, 3, 4])

@@ -9,7 +9,6 @@ that production runs.
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator
 from typing import Any, Final, Protocol, TypeVar
 
@@ -194,7 +193,7 @@ class SimTransferThread(TransferThread):
             if silently:
                 connection._sock.vanish()  # type: ignore[attr-defined]
             connection.close()
-        os.close(self._wake_fd)
+        self._close_wake_fd()
         self._pool.release()
 
 

@@ -214,7 +214,7 @@ async def _drive(
             _slo(arguments),
             arguments.warmup,
             arguments.cooldown,
-            None if place.token is None else RequestTraces(place.url, place.token),
+            None if place.token is None or found.owner != target.BATON else RequestTraces(place.url, place.token),
             measured.runs,
         )
         if arguments.bench_mode == "goodput":

@@ -15,7 +15,9 @@ from loadtest.prompts import WORDS
 
 ENDPOINTS: Final = ("completions", "chat", "grpc")
 _TIMEOUT_S: Final = 60.0
-_KNOWN_OWNERS: Final = ("baton", "vllm")  # these take `return_token_ids`; OpenAI's own refuses unknown fields
+BATON: Final = "baton"
+"""Who owns the models of a Baton server, by its own word."""
+_KNOWN_OWNERS: Final = (BATON, "vllm")  # these take `return_token_ids`; OpenAI's own refuses unknown fields
 _CALIBRATION_WORDS: Final = 64
 
 

@@ -172,18 +172,22 @@ def send_arm(bench: Bench, arm: str, peers: dict[str, PeerRank], num_tokens: int
     return began
 
 
-def settle(core: int | None, congestion: str | None) -> None:
-    """Stay on one core, switch threads as a rank process does, control congestion on new sockets by a named way."""
+def settle(core: int | None) -> None:
+    """Stay on one core, and switch threads as a rank process does."""
     if core is not None:
         os.sched_setaffinity(0, {core})
     sys.setswitchinterval(_SWITCH_S)
-    if congestion is None:
+
+
+def control_congestion(name: str | None) -> None:
+    """From here on every socket of this process that carries KV has this control; None: the system's."""
+    if name is None:
         return
     tune = tcp.tune
 
     def tuned(sock: socket.socket, lease_s: float) -> None:
         tune(sock, lease_s)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, congestion.encode())
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, name.encode())
 
     tcp.tune = tuned
 
@@ -199,7 +203,8 @@ def run_sender() -> None:
         sys.stdout.flush()
 
     start = read()
-    settle(start["core"], start["congestion"])
+    settle(start["core"])
+    control_congestion(start["congestion"])
     bench = Bench("p", start["block_size"], start["num_blocks"], start["unix_dir"])
     bench.array[:] = np.random.default_rng(0).integers(0, 256, len(bench.array), dtype=np.uint8)
     peers = {arm: PeerRank(*rank) for arm, rank in start["peers"].items()}
@@ -241,10 +246,11 @@ class Receiver:
     """This process: drives the child and measures."""
 
     def __init__(self, block_size: int, num_blocks: int, congestion: str | None = None) -> None:
+        """`congestion`: for the child; this process's own is set by `control_congestion`."""
         cores = sorted(os.sched_getaffinity(0))
         has_two = len(cores) > 1
         self._dir = tempfile.TemporaryDirectory()
-        settle(cores[1] if has_two else None, congestion)
+        settle(cores[1] if has_two else None)
         self.bench = Bench("d", block_size, num_blocks, self._dir.name)
         self.bench.array[:] = 0
         listener = tcp.listen("127.0.0.1", 0)
@@ -411,6 +417,7 @@ def main() -> None:
         print(f"congestion control of TCP: {arguments.congestion or file.read().strip()}")
     if library() is None:
         raise SystemExit("no C++ compiler here: these figures would be of the fall-back")
+    control_congestion(arguments.congestion)
     rows: list[Row] = []
     for block_size in arguments.block_sizes:
         receiver = Receiver(block_size, max(arguments.tokens) // block_size + 1, arguments.congestion)

@@ -125,16 +125,20 @@ def test_an_attempt_that_gave_no_token_is_time_lost_before_the_phases_of_the_nex
     assert " | fail-over 500.0 | " in waterfall.line(trace)
 
 
+def go_on(timeline: Timeline, prefill_worker: str, decode_worker: str, transport: str) -> None:
+    """A second attempt, in which p2 computes the prompt, gives two tokens and the end."""
+    moments = {"received": 0.41, "prefill_begin": 0.42, "prefill_end": 0.47}
+    timeline.attempt(prefill_worker, decode_worker, 0.4).worker_moments("p2", moments, 0, transport, 0)
+    timeline.tokens(0.4795, 1, 0)
+    timeline.tokens(0.4845, 1, 0)
+    timeline.finished = 0.485
+
+
 def test_a_gap_in_which_another_attempt_took_over_is_no_part_of_decode() -> None:
     timeline = finished()  # 4 tokens by p and d, the last one at 0.1295
     timeline.attempts[0].failure = "worker_lost"
     before = timeline.waterfall()
-    timeline.attempt("p2", "d2", 0.4).worker_moments(
-        "p2", {"received": 0.41, "prefill_begin": 0.42, "prefill_end": 0.47}, 0, "tcp", 0
-    )
-    timeline.tokens(0.4795, 1, 0)
-    timeline.tokens(0.4845, 1, 0)
-    timeline.finished = 0.485
+    go_on(timeline, "p2", "d2", "tcp")
     parts = timeline.waterfall()
     assert (parts["failover_ms"], parts["failover_ttft_ms"], parts["total_ms"]) == (350.0, 0.0, 385.0)
     assert (parts["decode_ms"], parts["tpot_ms"], parts["step_ms"]) == (22.0, 5.5, 5.0)
@@ -145,12 +149,7 @@ def test_a_gap_in_which_another_attempt_took_over_is_no_part_of_decode() -> None
 def test_after_a_fail_over_the_record_names_who_finished_and_each_row_who_did_it() -> None:
     timeline = finished()  # 4 tokens by p and d
     timeline.attempts[0].failure = "worker_lost"
-    timeline.attempt("", "p2", 0.4).worker_moments(
-        "p2", {"received": 0.41, "prefill_begin": 0.42, "prefill_end": 0.47}, 0, "", 0
-    )
-    timeline.tokens(0.4795, 1, 0)
-    timeline.tokens(0.4845, 1, 0)
-    timeline.finished = 0.485
+    go_on(timeline, "", "p2", "")
     trace = timeline.trace()
     assert (trace["prefill_worker"], trace["decode_worker"], trace["attempts"]) == ("p2", "p2", 2)
     assert (trace["told_attempt"], set(trace["moments_ms"])) == (1, {"router", "p", "d"})

@@ -80,7 +80,7 @@ class Buffer {
   bool reserve(size_t bytes) {
     if (bytes <= size_) return true;
     release();
-    bytes = size_t(round_up(int64_t(bytes), bytes > (1 << 20) ? 2 << 20 : 4096));
+    bytes = size_t(round_up(int64_t(bytes), bytes > (128 << 10) ? 2 << 20 : 4096));  // the kernel aligns such sizes
     data_ = static_cast<char*>(map_huge(bytes));
     size_ = data_ ? bytes : 0;
     return data_ != nullptr;

@@ -2,7 +2,7 @@
 //
 // A block of up to 32 rows x one panel of 32 outputs accumulates over all of K in registers, in the order of K, so a
 // row's result does not depend on how many rows there are. With few rows the weights pass once, at the speed of memory
-// (prefetched 512 bytes ahead, which is what crosses page boundaries where the hardware prefetcher stops). With many, a
+// (prefetched 512 bytes ahead, which is what crosses page boundaries where the hardware prefetcher stops). With more, a
 // panel stays in the L2 cache over all blocks of rows, while the next one is fetched a little per block.
 #pragma once
 #include "base.h"
@@ -25,6 +25,7 @@ struct alignas(64) Block {
 
 constexpr int kBlockRows = 32;
 constexpr int kStreamAheadBytes = 512;
+constexpr int kMaxStreams = 4;
 constexpr int64_t kPastCacheBytes = 3 << 19;  // results larger than this do not stay in L2
 constexpr int64_t kRowsInCacheBytes = 1200 << 10;  // of activations that stay in a 2 MiB L2 beside two panels
 
@@ -66,12 +67,16 @@ inline void pack_16_rows(char* dst, const T* src, int64_t row_stride, int64_t n,
   }
 }
 
-enum class Prefetch { kNone, kStream, kNextPanel };
+enum class Prefetch { kStream, kNextPanel };
 
-// What a block fetches while it computes: `lines` cache lines per K tile from `from` on (kNextPanel).
+// What a block fetches into L2 while it computes (kNextPanel): in every K tile, the next `lines` cache lines of each of
+// `streams` runs that begin `stride` bytes apart. In one run, requests to memory hold all of the core's sixteen fill
+// buffers, and activations from L2 wait behind them. In several, each with a hardware prefetcher some lines ahead, most
+// of what is asked for is in L2 already.
 struct FetchPlan {
   const char* from;
-  int lines;
+  int64_t stride;
+  int streams, lines;
 };
 
 // A block that is computed and not yet finished. No rows: there is none.
@@ -109,40 +114,32 @@ constexpr bool kHasTiles = sizeof(T) < 4;
     }                                          \
   } while (0)
 
-// K tiles [0, num_k_tiles) from the given addresses on; `is_first`: `out` is overwritten, not added to. What is `late`
-// is finished in slices between the tiles; it may be what `out` holds before.
+// Not inline: in the loop over K tiles, its registers would push the loop's own out into memory.
+template <class Finish>
+__attribute__((noinline)) void finish_row(const Finish& finish, const Late& late, int row) {
+  finish(*late.block, late.m, row, row + 1, late.panel);
+}
+
+// All of K. What is `late` is finished between the tiles, evenly.
 template <class T, bool kTwo, Prefetch kFetch, class Finish>
-BATON_INLINE void tile_block(const char* a0, const char* a1, int a_step, const char* b, int num_k_tiles, bool is_first,
-                             Block& out, FetchPlan fetch, Late late, const Finish& finish) {
-  const int slice = int(ceil_div(late.rows, num_k_tiles));
-  int done = 0;
-  if (is_first) {
-    _tile_zero(0);
-    _tile_zero(1);
-    if constexpr (kTwo) {
-      _tile_zero(2);
-      _tile_zero(3);
-    }
-  } else {
-    _tile_loadd(0, out.bytes, kPanel * 4);
-    _tile_loadd(1, out.bytes + 64, kPanel * 4);
-    if constexpr (kTwo) {
-      _tile_loadd(2, out.bytes + kTileRows * kPanel * 4, kPanel * 4);
-      _tile_loadd(3, out.bytes + kTileRows * kPanel * 4 + 64, kPanel * 4);
-    }
+BATON_INLINE void tile_block(const char* a0, const char* a1, int a_step, const char* b, int num_k_tiles, Block& out,
+                             FetchPlan fetch, Late late, const Finish& finish) {
+  _tile_zero(0);
+  _tile_zero(1);
+  if constexpr (kTwo) {
+    _tile_zero(2);
+    _tile_zero(3);
   }
+  int done = 0, credit = 0;
   for (int k = 0; k < num_k_tiles; k++) {
     if constexpr (kFetch == Prefetch::kStream) {
       for (int i = 0; i < 16; i++) prefetch_l1(b + kStreamAheadBytes + i * 64);
     } else if constexpr (kFetch == Prefetch::kNextPanel) {
-      for (int i = 0; i < fetch.lines; i++) prefetch_l2(fetch.from + i * 64);
-      fetch.from += fetch.lines * 64;
-    }
-    if constexpr (kFetch == Prefetch::kNextPanel) {  // the next tiles of activations, from L2
-      for (int i = 0; i < 16; i++) prefetch_l1(a0 + a_step + i * 64);
-      if constexpr (kTwo) {
-        for (int i = 0; i < 16; i++) prefetch_l1(a1 + a_step + i * 64);
+      const char* from = fetch.from;
+      for (int s = 0; s < fetch.streams; s++, from += fetch.stride) {
+        for (int i = 0; i < fetch.lines; i++) prefetch_l2(from + i * 64);
       }
+      fetch.from += fetch.lines * 64;
     }
     _tile_loadd(4, a0, 64);
     _tile_loadd(6, b, 64);
@@ -157,10 +154,8 @@ BATON_INLINE void tile_block(const char* a0, const char* a1, int a_step, const c
     _tile_loadd(7, b + kTileBytes, 64);
     BATON_TILE_DOT(T, 1, 4, 7);
     if constexpr (kTwo) BATON_TILE_DOT(T, 3, 5, 7);
-    if (done < late.rows) {
-      const int end = done + slice < late.rows ? done + slice : late.rows;
-      finish(*late.block, late.m, done, end, late.panel);
-      done = end;
+    for (credit += late.rows; credit >= num_k_tiles; credit -= num_k_tiles, done++) {
+      finish_row(finish, late, done);
     }
     a0 += a_step;
     if constexpr (kTwo) a1 += a_step;
@@ -228,27 +223,21 @@ inline void vector_rows(const ATiles& a, int m, const char* b, Block& out, int o
   }
 }
 
-// K tiles [k_begin, k_end) of one block, and all of what is `late`. The vector path takes all of K at once.
+// One block, and all of what is `late`.
 template <class T, class Finish>
-BATON_INLINE void compute_block(const ATiles& a, int m, int rows, const char* panel, int k_begin, int k_end, Block& out,
-                                Prefetch mode, FetchPlan fetch, Late late, const Finish& finish) {
+BATON_INLINE void compute_block(const ATiles& a, int m, int rows, const char* panel, Block& out, Prefetch mode,
+                                FetchPlan fetch, Late late, const Finish& finish) {
 #if defined(__AMX_TILE__)
   if constexpr (kHasTiles<T>) {
-    const int a_step = a.rows_per_tile * kTileRowBytes, n = k_end - k_begin;
-    const bool is_first = k_begin == 0;
-    const char* a0 = a.tile(m / kTileRows, k_begin);
-    const char* a1 = rows > kTileRows ? a.tile(m / kTileRows + 1, k_begin) : nullptr;
-    const char* b = panel + size_t(k_begin) * 2 * kTileBytes;
-    if (mode == Prefetch::kStream) {
-      if (a1) {
-        tile_block<T, true, Prefetch::kStream>(a0, a1, a_step, b, n, is_first, out, fetch, late, finish);
-      } else {
-        tile_block<T, false, Prefetch::kStream>(a0, a1, a_step, b, n, is_first, out, fetch, late, finish);
-      }
+    const int a_step = a.rows_per_tile * kTileRowBytes, n = a.num_k_tiles;
+    const char* a0 = a.tile(m / kTileRows, 0);
+    const char* a1 = rows > kTileRows ? a.tile(m / kTileRows + 1, 0) : nullptr;
+    if (mode == Prefetch::kStream) {  // at most sixteen rows
+      tile_block<T, false, Prefetch::kStream>(a0, a1, a_step, panel, n, out, fetch, late, finish);
     } else if (a1) {
-      tile_block<T, true, Prefetch::kNextPanel>(a0, a1, a_step, b, n, is_first, out, fetch, late, finish);
+      tile_block<T, true, Prefetch::kNextPanel>(a0, a1, a_step, panel, n, out, fetch, late, finish);
     } else {
-      tile_block<T, false, Prefetch::kNextPanel>(a0, a1, a_step, b, n, is_first, out, fetch, late, finish);
+      tile_block<T, false, Prefetch::kNextPanel>(a0, a1, a_step, panel, n, out, fetch, late, finish);
     }
     return;
   }
@@ -258,22 +247,22 @@ BATON_INLINE void compute_block(const ATiles& a, int m, int rows, const char* pa
   for (; i + 6 <= rows; i += 6) vector_rows<T, 6>(a, m + i, panel, out, i);
   for (; i + 2 <= rows; i += 2) vector_rows<T, 2>(a, m + i, panel, out, i);
   for (; i < rows; i++) vector_rows<T, 1>(a, m + i, panel, out, i);
-  (void)mode, (void)fetch, (void)k_begin, (void)k_end;
+  (void)mode, (void)fetch;
 }
 
 // Rows [0, num_rows) times panels [panels.begin, panels.end) of `weights`. `finish(block, m, begin, end, panel)` gets the
-// accumulators of rows m + begin .. m + end - 1. It runs between the tiles of a later block: while it would run alone,
-// the tile unit would stand still for a third of the time.
+// accumulators of rows m + begin .. m + end - 1. It runs between the tiles of the next block: while it would run alone,
+// the tile unit would stand still for a third of the time. Its stores serve another purpose: after half a microsecond
+// without any of 64 bytes, the next one (of a tile, too) takes 300 ns.
 //
-// Loops, outermost first: rows that fit in L2 | panels | kGroup blocks of rows | K in pieces | blocks of the group. A
-// piece of a panel (16 KiB) and the accumulators of a group then stay in L1, and only activations stream from L2.
+// Loops, outermost first: rows that fit in L2 | panels | blocks of rows.
 template <class T, class Finish>
 inline void linear(const ATiles& a, int num_rows, const char* weights, Range panels, const Finish& finish) {
   if (num_rows == 0 || panels.begin == panels.end) return;
   if constexpr (kHasTiles<T>) configure_tiles(a.rows_per_tile);
-  constexpr int kGroup = 4, kPiece = 8, kWhole = 18;  // K tiles
-  Block blocks[kGroup];
-  Late late[kGroup] = {};
+  Block blocks[2];
+  int turn = 0;
+  Late late = {};
   const int k_tiles = a.num_k_tiles;
   const size_t panel_bytes = size_t(k_tiles) * 2 * kTileBytes;
   int64_t rows_at_once = kRowsInCacheBytes / (int64_t(k_tiles) * kTileRowBytes) / kBlockRows * kBlockRows;
@@ -281,29 +270,22 @@ inline void linear(const ATiles& a, int num_rows, const char* weights, Range pan
   for (int64_t m_begin = 0; m_begin < num_rows; m_begin += rows_at_once) {
     const int m_end = int(m_begin + rows_at_once < num_rows ? m_begin + rows_at_once : num_rows);
     const int num_blocks = int(ceil_div(m_end - m_begin, kBlockRows));
-    const Prefetch mode = num_blocks == 1 ? Prefetch::kStream : Prefetch::kNextPanel;
-    const int lines = int(ceil_div(32, num_blocks));
-    const int piece = kHasTiles<T> && num_blocks > 1 && k_tiles > kWhole ? kPiece : k_tiles;
+    const Prefetch mode = m_end - m_begin <= kTileRows ? Prefetch::kStream : Prefetch::kNextPanel;
+    const int wanted = int(ceil_div(32, num_blocks)), streams = wanted < kMaxStreams ? wanted : kMaxStreams;
+    const int lines = int(ceil_div(wanted, streams));
     for (int panel = panels.begin; panel < panels.end; panel++) {
       const char* b = weights + panel * panel_bytes;
-      for (int first = 0; first < num_blocks; first += kGroup) {
-        const int in_group = num_blocks - first < kGroup ? num_blocks - first : kGroup;
-        for (int k = 0; k < k_tiles; k += piece) {
-          const int k_end = k + piece < k_tiles ? k + piece : k_tiles;
-          for (int i = 0; i < in_group; i++) {
-            const int m = int(m_begin) + (first + i) * kBlockRows;
-            const int rows = m_end - m < kBlockRows ? m_end - m : kBlockRows;
-            const char* next = b + panel_bytes + (size_t(first + i) * k_tiles + k) * lines * 64;
-            compute_block<T>(a, m, rows, b, k, k_end, blocks[i], mode, {next, lines}, late[i], finish);
-            late[i] = {&blocks[i], m, k_end == k_tiles ? rows : 0, panel};
-          }
-        }
+      FetchPlan fetch{b + panel_bytes, int64_t(panel_bytes) / streams, streams, lines};
+      for (int i = 0; i < num_blocks; i++, fetch.from += k_tiles * lines * 64) {
+        const int m = int(m_begin) + i * kBlockRows;
+        const int rows = m_end - m < kBlockRows ? m_end - m : kBlockRows;
+        compute_block<T>(a, m, rows, b, blocks[turn], mode, fetch, late, finish);
+        late = {&blocks[turn], m, rows, panel};
+        turn ^= 1;
       }
     }
   }
-  for (const Late& l : late) {
-    if (l.rows) finish(*l.block, l.m, 0, l.rows, l.panel);
-  }
+  if (late.rows) finish(*late.block, late.m, 0, late.rows, late.panel);
 }
 
 // ---- What happens to a block ---------------------------------------------------------------------------------------

@@ -147,7 +147,7 @@ class Decoder final : public DecoderBase {
     const int64_t inner = layers_[0].down.num_inputs, attended = int64_t(m_.num_heads) * m_.head_dim;
     const int64_t widest = std::max({int64_t(m_.hidden_size), inner, attended});
     bool ok = hidden_.reserve(n * hidden_stride_ * sizeof(T)) && qkv_.reserve(n * qkv_stride_ * sizeof(T)) &&
-              partial_.reserve(m_.group ? n * hidden_stride_ * sizeof(T) : 1) &&
+              partial_.reserve(m_.group || is_few_rows(n) ? n * hidden_stride_ * sizeof(T) : 1) &&
               normed_.reserve(ATiles::bytes(n, k_tiles_of<T>(m_.hidden_size))) &&
               attended_.reserve(ATiles::bytes(n, k_tiles_of<T>(attended))) &&
               inner_.reserve(ATiles::bytes(n, k_tiles_of<T>(inner))) &&
@@ -224,7 +224,7 @@ class Decoder final : public DecoderBase {
         norm(layer.input_norm, n, nullptr, thread);
         timed(kNorm);
         apply(layer.qkv, tiles(normed_, n, m_.hidden_size), n, thread, [&](auto type, const Scales& scales) {
-          const bool past_cache = n * qkv_stride_ * int64_t(sizeof(T)) > kPastCacheBytes;
+          const bool past_cache = is_few_rows(n) || n * qkv_stride_ * int64_t(sizeof(T)) > kPastCacheBytes;
           return StoreRows<decltype(type), T>{qkv_.as<T>(), qkv_stride_, scales, past_cache};
         });
         timed(kQkv);
@@ -281,23 +281,31 @@ class Decoder final : public DecoderBase {
 
   // hidden += x W^T, summed over ranks. Ends with a barrier; false: a rank is lost.
   bool add_linear(const LinearDesc& w, const ATiles& x, int num_rows, int thread) {
-    if (!m_.group) {
+    if (!m_.group && !is_few_rows(num_rows)) {
       apply(w, x, num_rows, thread, [&](auto type, const Scales& scales) {
         return AddRows<decltype(type), T>{hidden_.as<T>(), hidden_stride_, scales};
       });
       return true;
     }
     apply(w, x, num_rows, thread, [&](auto type, const Scales& scales) {
-      return StoreRows<decltype(type), T>{partial_.as<T>(), hidden_stride_, scales};
+      return StoreRows<decltype(type), T>{partial_.as<T>(), kPanel, scales, false, num_rows * kPanel};
     });
-    if (thread == 0 && !AllReduce(m_.group).sum(partial_.as<T>(), num_rows * hidden_stride_)) {
-      is_lost_.store(true, std::memory_order_relaxed);
+    const int num_panels = int(ceil_div(m_.hidden_size, kPanel));
+    if (m_.group) {
+      if (thread == 0 && !AllReduce(m_.group).sum(partial_.as<T>(), int64_t(num_rows) * num_panels * kPanel)) {
+        is_lost_.store(true, std::memory_order_relaxed);
+      }
+      pool_.barrier();
+      if (is_lost_.load(std::memory_order_relaxed)) return false;
     }
-    pool_.barrier();
-    if (is_lost_.load(std::memory_order_relaxed)) return false;
-    const Range part = part_of(num_rows, thread, pool_.size());
-    for (int64_t i = part.begin * hidden_stride_; i < part.end * hidden_stride_; i += 16) {
-      store16(hidden_.as<T>() + i, load16(hidden_.as<T>() + i) + load16(partial_.as<T>() + i));
+    const Range panels = part_of(num_panels, thread, pool_.size());
+    const T* y = partial_.as<T>() + int64_t(panels.begin) * num_rows * kPanel;
+    for (int panel = panels.begin; panel < panels.end; panel++) {
+      T* row = hidden_.as<T>() + panel * kPanel;
+      for (int m = 0; m < num_rows; m++, row += hidden_stride_, y += kPanel) {
+        store16(row, load16(row) + load16(y));
+        store16(row + 16, load16(row + 16) + load16(y + 16));
+      }
     }
     pool_.barrier();
     return true;
@@ -386,7 +394,7 @@ class Decoder final : public DecoderBase {
 
   Buffer hidden_;     // [num_tokens][hidden padded] the residual stream
   Buffer qkv_;        // [num_tokens][q heads, k heads, v heads]
-  Buffer partial_;    // like hidden_: this rank's part of a sum
+  Buffer partial_;    // [panel of 32][num_tokens][32] this rank's part of a sum over ranks
   Buffer normed_, attended_, inner_;  // A tiles: inputs of QKV and gate/up and head, of output, of down
   Buffer quantised_, row_scales_;     // A tiles of int8, and their scales
   Buffer best_;                       // [thread][num_rows] Best

@@ -27,6 +27,9 @@ constexpr int kBlockRows = 32;
 constexpr int kStreamAheadBytes = 512;
 constexpr int kMaxStreams = 4;
 constexpr int64_t kPastCacheBytes = 3 << 19;  // results larger than this do not stay in L2
+// A few rows far apart are as many streams to the hardware's prefetchers, which then lose those of the weights: results
+// of so many rows go past the cache, or to where they lie together.
+constexpr bool is_few_rows(int64_t num_rows) { return num_rows > 1 && num_rows <= 16; }
 constexpr int64_t kRowsInCacheBytes = 1200 << 10;  // of activations that stay in a 2 MiB L2 beside two panels
 
 inline size_t packed_bytes(int64_t num_outputs, int64_t num_k_tiles) {
@@ -308,16 +311,17 @@ BATON_INLINE f32x16 accumulated(const Block& block, int i, int half, int m, int 
   return s.bias ? y + load16(s.bias + output) : y;
 }
 
-// out[m][n] = y; rows start at multiples of 64 bytes.
+// out[m][n] = y; rows start at multiples of 64 bytes, panels one after the other unless `panel_stride` says otherwise.
 template <class T, class Out>
 struct StoreRows {
   Out* out;
   int64_t stride;  // elements; outputs are padded to panels
   Scales scales;
   bool past_cache = false;
+  int64_t panel_stride = kPanel;  // elements
   void operator()(const Block& block, int m, int begin, int end, int panel) const {
     const StoreRows f = *this;  // the stores below can not change a copy
-    Out* row = f.out + (m + begin) * f.stride + panel * kPanel;
+    Out* row = f.out + (m + begin) * f.stride + panel * f.panel_stride;
     for (int i = begin; i < end; i++, row += f.stride) {
       const f32x16 low = accumulated<T>(block, i, 0, m + i, panel * kPanel, f.scales);
       const f32x16 high = accumulated<T>(block, i, 1, m + i, panel * kPanel + 16, f.scales);

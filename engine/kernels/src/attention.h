@@ -19,7 +19,7 @@ constexpr int kMaxHeadDim = 256;
 constexpr int kMaxColumns = 512;    // of one work item
 constexpr int kSpanKeys = 1024;     // prefill: whose K and V stay in L2 while all columns pass
 constexpr int kStepKeys = 32;       // prefill: per step of the online softmax
-constexpr int kGroupKeys = 256;     // prefill: whose values are summed at once
+constexpr int kGroupKeys = 256;     // prefill: whose values are summed at once, at most
 constexpr int kDecodeKeys = 128;    // decode: per step of the online softmax
 constexpr int kDecodeQueries = 64;  // decode: of one work item, all its KV heads together
 constexpr int kWideQueryTiles = 12;
@@ -213,11 +213,9 @@ BATON_INLINE f32x16 exp2_of_score(f32x16 x) {
   return (f32x16)_mm512_scalef_ps((__m512)p, (__m512)x);
 }
 
-// Rounded to nearest even, interleaved: low half of each lane from `even`, high half from `odd`.
+// Rounded, interleaved: low half of each lane from `even`, high half from `odd`.
 BATON_INLINE __m512i narrow_pair(f32x16 even, f32x16 odd) {
-  const u32x16 e = (u32x16)even, o = (u32x16)odd;
-  const u32x16 low = (e + 0x7fffu + ((e >> 16) & 1u)) >> 16, high = o + 0x7fffu + ((o >> 16) & 1u);
-  return _mm512_mask_blend_epi16(0xaaaaaaaau, (__m512i)low, (__m512i)high);
+  return (__m512i)((u32x16)rounded<bf16>(even) >> 16 | (u32x16)rounded<bf16>(odd));
 }
 
 // Prefill of columns [c_begin, c_end) of one KV head. Work passes through three stages, each a step of kStepKeys keys
@@ -230,7 +228,7 @@ class TileAttention {
   TileAttention(const AttentionLayer<bf16>& layer, const SequencePart& seq, int kv_head, int c_begin, int c_end,
                 AttentionScratch& scratch)
       : layer_(layer), seq_(seq), s_(scratch), kv_head_(kv_head), c_begin_(c_begin), columns_(c_end - c_begin),
-        dim_(layer.dim), to_log2_(layer.scale * kLog2E) {}
+        dim_(layer.dim), group_keys_(layer.dim < 128 ? kGroupKeys / 2 : kGroupKeys), to_log2_(layer.scale * kLog2E) {}
 
   void run() {
     const int padded = int(round_up(columns_, 32)), group = layer_.group(), k_tiles = dim_ / 32;
@@ -309,7 +307,7 @@ class TileAttention {
       offset_[1] = load16(s_.highest + now_.column + 16) * -to_log2_;
     }
     // The closed group must be done when the open one closes.
-    const int share = now_ && now_.is_last ? dim_ : int(round_up(dim_ / (kGroupKeys / kStepKeys), 32));
+    const int share = now_ && now_.is_last ? dim_ : int(round_up(dim_ * kStepKeys / group_keys_, 32));
     const int dims = closed_.num_keys ? std::min(share, dim_ - closed_.dim) : 0;
     const int products = dims / 32 * (closed_.num_keys / 32) + (next ? dim_ / 32 : 0);
     slice_ = now_ ? 0 : kSlices;
@@ -319,7 +317,7 @@ class TileAttention {
     softmax(kSlices);
     if (now_) {
       open_.num_keys += kStepKeys;
-      if (now_.is_last || open_.num_keys == kGroupKeys) close();
+      if (now_.is_last || open_.num_keys == group_keys_) close();
     }
     now_ = next;
     parity_ ^= 1;
@@ -501,7 +499,7 @@ class TileAttention {
   const AttentionLayer<bf16>& layer_;
   const SequencePart& seq_;
   AttentionScratch& s_;
-  const int kv_head_, c_begin_, columns_, dim_;
+  const int kv_head_, c_begin_, columns_, dim_, group_keys_;
   const float to_log2_;
   int span_ = 0;                      // its first key
   const bf16* keys_[kSpanKeys / 16];  // of the span, sixteen keys each: never across a block

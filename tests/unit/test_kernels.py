@@ -44,7 +44,7 @@ from tests.support.tiny_models import VOCAB_SIZE, make_model, random_prompt
 
 DEMO_MODEL = Path(__file__).parents[2] / "baton" / "demo_model"
 GREEDY = SamplingParams(temperature=0)
-ALL_LOGPROBS = SamplingParams(temperature=0, num_logprobs=VOCAB_SIZE)
+ALL_LOGPROBS = SamplingParams(temperature=0, num_logprobs=VOCAB_SIZE + 1)
 BF16_STEP = 2.0**-8
 
 
@@ -208,6 +208,8 @@ ATTENTIONS = [
     (48, 96, 2, 20, 0, [(3, 30), (95, 1), (96, 1)]),
     (16, 64, 1, 3, 20, [(0, 90), (19, 1), (20, 1), (400, 1), (400, 50)]),
     (32, 32, 2, 2, 300, [(0, 600), (301, 1), (900, 2)]),
+    (16, 64, 2, 3, 50, [(100, 300), (1500, 40)]),  # a window much narrower than what is computed at once
+    (16, 128, 1, 2, 0, [(1000, 300)]),
 ]
 
 

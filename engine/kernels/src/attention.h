@@ -17,6 +17,9 @@ namespace baton {
 constexpr float kMasked = -1e30f;  // finite: a row of nothing but masked scores must not become NaN
 constexpr int kMaxHeadDim = 256;
 constexpr int kMaxColumns = 512;    // of one work item
+constexpr int kSpanKeys = 1024;     // prefill: whose K and V stay in L2 while all columns pass
+constexpr int kStepKeys = 32;       // prefill: per step of the online softmax
+constexpr int kGroupKeys = 256;     // prefill: whose values are summed at once, at most
 constexpr int kDecodeKeys = 128;    // decode: per step of the online softmax
 constexpr int kDecodeQueries = 64;  // decode: of one work item, all its KV heads together
 constexpr int kWideQueryTiles = 12;
@@ -47,10 +50,10 @@ struct SequencePart {
 };
 
 struct alignas(64) AttentionScratch {
-  static constexpr int kKeys = 256;  // keys per step of the online softmax
-  alignas(64) char scores[kKeys * 32 * 4];               // [keys][32 columns] float
-  alignas(64) char probs[kKeys * 32 * 4];                // bf16 tiles, or float
-  alignas(64) char values[kKeys * kMaxHeadDim * 4];      // V of the keys, transposed tiles or float
+  static constexpr int kKeys = 256;
+  alignas(64) char scores[kKeys * 32 * 4];               // prefill: two steps' [keys][32 columns] float
+  alignas(64) char probs[kKeys * 32 * 4];                // prefill: two groups' bf16 tiles
+  alignas(64) char values[kSpanKeys * kMaxHeadDim * 2];  // V of the keys, transposed tiles or float
   alignas(64) char keys[kKeys * kMaxHeadDim * 4];        // K transposed (plain path)
   alignas(64) char queries[kMaxColumns * kMaxHeadDim * 4];
   alignas(64) float out[kMaxColumns * kMaxHeadDim];      // [column block][dim][16 columns], or [column][dim]
@@ -136,22 +139,35 @@ inline void attend_plain(const AttentionLayer<T>& layer, const SequencePart& seq
 
 #if defined(__AMX_TILE__) && defined(__AVX512BF16__)
 // ---- AMX ---------------------------------------------------------------------------------------------------------
+// As _tile_loadconfig, whose operand in GCC's header is only the first eight bytes: stores of the others may be dropped.
+BATON_INLINE void load_tile_config(const TileConfig& config) { __asm__ volatile("ldtilecfg %0" : : "m"(config)); }
+
+inline void configure_all_tiles(int width) {  // 4 and 5, the keys: 64 bytes in any case
+  TileConfig config;
+  for (int i = 0; i < 8; i++) {
+    config.row_bytes[i] = uint16_t(i == 4 || i == 5 ? 64 : 4 * width);
+    config.rows[i] = kTileRows;
+  }
+  load_tile_config(config);
+}
+
 // Queries as B tiles: [column block of 16][dim / 32][16 pairs of dims][16 columns][2]. Pads with zero columns.
 inline void pack_queries(const AttentionLayer<bf16>& layer, const SequencePart& seq, int kv_head, int c_begin,
                          int columns, char* out) {
   const int group = layer.group(), dim = layer.dim;
+  const bf16* token = layer.q + (seq.row + c_begin / group) * layer.q_stride + int64_t(kv_head) * group * dim;
+  int head = c_begin % group;
   for (int c = 0; c < columns; c += 16) {
-    for (int d = 0; d < dim; d += 32) {
+    const bf16* from[16];
+    for (int i = 0; i < 16 && c + i < columns; i++) {
+      from[i] = token + head * dim;
+      if (++head == group) head = 0, token += layer.q_stride;
+    }
+    for (int d = 0; d < dim; d += 32, out += kTileBytes) {
       __m512i rows[16];
-      for (int i = 0; i < 16; i++) {
-        const int at = c_begin + c + i, head = kv_head * group + at % group;
-        rows[i] = c + i < columns
-                      ? load_as<__m512i>(layer.q + (seq.row + at / group) * layer.q_stride + head * dim + d)
-                      : _mm512_setzero_si512();
-      }
+      for (int i = 0; i < 16; i++) rows[i] = c + i < columns ? load_as<__m512i>(from[i] + d) : _mm512_setzero_si512();
       transpose16(rows);
       for (int i = 0; i < 16; i++) store_as(out + i * 64, rows[i]);
-      out += kTileBytes;
     }
   }
 }
@@ -161,179 +177,338 @@ inline void pack_queries(const AttentionLayer<bf16>& layer, const SequencePart& 
 inline void pack_values(const AttentionLayer<bf16>& layer, const SequencePart& seq, int kv_head, int key, int num_keys,
                         int end, char* out) {
   const int dim = layer.dim, bs = layer.block_size;
-  const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5,
-                                       36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
-  const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
   for (int k = key; k < key + num_keys; k += 32) {
-    const bf16* tile[2];  // sixteen keys each: never across a block
-    for (int i = 0; i < 2; i++) {
-      const int at = k + 16 * i;
-      tile[i] = at < end ? layer.half(seq.blocks[at / bs], 1, kv_head) + at % bs * dim : nullptr;
+    alignas(64) static const bf16 zeros[kMaxHeadDim] = {};
+    const bf16* from[32];
+    for (int i = 0; i < 32; i += 16) {  // sixteen keys: never across a block
+      const bf16* tile = k + i < end ? layer.half(seq.blocks[(k + i) / bs], 1, kv_head) + (k + i) % bs * dim : nullptr;
+      for (int j = i; j < i + 16; j++) from[j] = k + j < end ? tile + (j - i) * dim : zeros;
     }
     for (int d = 0; d < dim; d += 32) {
-      __m512i even[16], odd[16];  // dims d .. d + 15 and d + 16 .. d + 31; register i: keys 2i and 2i + 1
+      // Pairs of keys; low has, in each 128-bit lane l, dims 8 l .. 8 l + 3, high the four after them.
+      __m512i low[16], high[16];
       for (int i = 0; i < 16; i++) {
-        const int at = k + 2 * i;
-        const bf16* from = tile[i / 8] + (i % 8) * 2 * dim + d;
-        const __m512i a = at < end ? load_as<__m512i>(from) : _mm512_setzero_si512();
-        const __m512i b = at + 1 < end ? load_as<__m512i>(from + dim) : _mm512_setzero_si512();
-        even[i] = _mm512_permutex2var_epi16(a, low, b);
-        odd[i] = _mm512_permutex2var_epi16(a, high, b);
+        const __m512i a = load_as<__m512i>(from[2 * i] + d), b = load_as<__m512i>(from[2 * i + 1] + d);
+        low[i] = _mm512_unpacklo_epi16(a, b);
+        high[i] = _mm512_unpackhi_epi16(a, b);
       }
-      transpose16(even);
-      transpose16(odd);
+      transpose16(low);
+      transpose16(high);
       for (int i = 0; i < 16; i++) {
-        store_as(out + i * 64, even[i]);
-        store_as(out + kTileBytes + i * 64, odd[i]);
+        char* at = out + i / 8 * kTileBytes + (i / 4 % 2 * 8 + i % 4) * 64;
+        store_as(at, low[i]);
+        store_as(at + 4 * 64, high[i]);
       }
       out += 2 * kTileBytes;
     }
   }
 }
 
-// Prefill: columns [c_begin, c_end) of one KV head, at most kMaxColumns.
-inline void attend_tiles(const AttentionLayer<bf16>& layer, const SequencePart& seq, int kv_head, int c_begin,
-                         int c_end, AttentionScratch& s) {
-  constexpr int kKeys = AttentionScratch::kKeys;
-  const int dim = layer.dim, group = layer.group(), columns = c_end - c_begin, bs = layer.block_size;
-  const int padded = int(round_up(columns, 32)), k_tiles = dim / 32;
-  const float to_log2 = layer.scale * kLog2E;
-  pack_queries(layer, seq, kv_head, c_begin, columns, s.queries);
-  if (columns <= padded - 16) {
-    std::memset(s.queries + size_t(padded / 16 - 1) * k_tiles * kTileBytes, 0, size_t(k_tiles) * kTileBytes);
-  }
-  for (int c = 0; c < padded; c++) {
-    s.position[c] = seq.start + (c_begin + (c < columns ? c : columns - 1)) / group;
-    s.highest[c] = kMasked;
-    s.total[c] = 0;
-  }
-  std::memset(s.out, 0, size_t(padded) * dim * sizeof(float));
-  const int keys_end = s.position[columns - 1] + 1;
-  int key = layer.window ? s.position[0] - layer.window + 1 : 0;
-  for (key = key < 0 ? 0 : key / kKeys * kKeys; key < keys_end; key += kKeys) {
-    const int num_keys = int(round_up(keys_end - key < kKeys ? keys_end - key : kKeys, 32));
-    pack_values(layer, seq, kv_head, key, num_keys, keys_end, s.values);
-    for (int c = 0; c < padded; c += 32) {
-      const int first_pos = s.position[c], last_pos = s.position[c + 31];
-      if (key > last_pos) continue;
-      if (layer.window && key + num_keys <= first_pos - layer.window + 1) continue;
-      const int n = int(round_up(last_pos + 1 - key < num_keys ? last_pos + 1 - key : num_keys, 32));
-      // Scores, 32 keys x 32 columns at a time.
-      const char* queries = s.queries + size_t(c / 16) * k_tiles * kTileBytes;
-      for (int j = 0; j < n; j += 32) {
-        const bf16* k[2];
-        for (int i = 0; i < 2; i++) {
-          int at = key + j + 16 * i;
-          if (at >= keys_end) at = key + j;  // beyond the sequence: any finite address does, all is masked
-          k[i] = layer.half(seq.blocks[at / bs], 0, kv_head) + at % bs * dim;
-        }
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-        for (int t = 0; t < k_tiles; t++) {
-          _tile_loadd(4, k[0] + t * 32, dim * 2);
-          _tile_loadd(5, k[1] + t * 32, dim * 2);
-          _tile_loadd(6, queries + size_t(t) * kTileBytes, 64);
-          _tile_loadd(7, queries + size_t(k_tiles + t) * kTileBytes, 64);
-          _tile_dpbf16ps(0, 4, 6);
-          _tile_dpbf16ps(1, 4, 7);
-          _tile_dpbf16ps(2, 5, 6);
-          _tile_dpbf16ps(3, 5, 7);
-        }
-        char* out = s.scores + j * 128;
-        _tile_stored(0, out, 128);
-        _tile_stored(1, out + 64, 128);
-        _tile_stored(2, out + 16 * 128, 128);
-        _tile_stored(3, out + 16 * 128 + 64, 128);
-      }
-      // Softmax down the columns. probs: [n / 32][2 column halves][16 pairs of keys][16 columns][2].
-      const int clear_end = first_pos + 1 - key;  // keys before it are visible to all columns
-      const int clear_begin = layer.window ? last_pos - layer.window + 1 - key : 0;
-      for (int half = 0; half < 2; half++) {
-        const __m512i position = load_as<__m512i>(s.position + c + half * 16);
-        char* scores = s.scores + half * 64;
-        const int masked_begin = clear_end < 0 ? 0 : clear_end / 2 * 2;
-        for (int j = 0; j < n; j++) {
-          if (j >= clear_begin && j < masked_begin) {
-            j = masked_begin;
-            if (j >= n) break;
-          }
-          __m512i at = _mm512_set1_epi32(key + j);
-          __mmask16 seen = _mm512_cmple_epi32_mask(at, position);
-          if (layer.window) {
-            seen &= _mm512_cmpgt_epi32_mask(_mm512_add_epi32(at, _mm512_set1_epi32(layer.window)), position);
-          }
-          const f32x16 x = load_as<f32x16>(scores + j * 128);
-          store_as(scores + j * 128, _mm512_mask_blend_ps(seen, _mm512_set1_ps(kMasked), (__m512)x));
-        }
-        const f32x16 before = load16(s.highest + c + half * 16);
-        f32x16 high[4] = {before, before, before, before};
-        for (int j = 0; j < n; j += 4) {
-          for (int i = 0; i < 4; i++) high[i] = max(high[i], load_as<f32x16>(scores + (j + i) * 128));
-        }
-        const f32x16 highest = max(max(high[0], high[1]), max(high[2], high[3]));
-        const f32x16 offset = highest * -to_log2;
-        f32x16 total[2] = {};
-        for (int j = 0; j < n; j += 2) {
-          const f32x16 p0 = exp2<4>(load_as<f32x16>(scores + j * 128) * to_log2 + offset);
-          const f32x16 p1 = exp2<4>(load_as<f32x16>(scores + (j + 1) * 128) * to_log2 + offset);
-          total[0] += p0;
-          total[1] += p1;
-          // Round both to bf16 (ties up) and interleave: low half of each lane the even key, high half the odd one.
-          const u32x16 low = ((u32x16)p0 + 0x8000u) >> 16, high = (u32x16)p1 + 0x8000u;
-          store_as(s.probs + (j / 32 * 2 + half) * kTileBytes + j % 32 / 2 * 64,
-                   _mm512_mask_blend_epi16(0xaaaaaaaau, (__m512i)low, (__m512i)high));
-        }
-        const f32x16 correction = exp2((before - highest) * to_log2);
-        store16(s.highest + c + half * 16, highest);
-        store16(s.total + c + half * 16, load16(s.total + c + half * 16) * correction + (total[0] + total[1]));
-        float* out = s.out + size_t(c / 16 + half) * dim * 16;
-        if (_mm512_cmpneq_ps_mask((__m512)correction, _mm512_set1_ps(1.f))) {
-          for (int d = 0; d < dim; d++) store16(out + d * 16, load16(out + d * 16) * correction);
-        }
-      }
-      // out^T [dim][columns] += V^T [dim][keys] * P^T [keys][columns]
-      for (int d = 0; d < dim; d += 32) {
-        float* out0 = s.out + size_t(c / 16) * dim * 16 + d * 16;
-        float* out1 = out0 + dim * 16;
-        _tile_loadd(0, out0, 64);
-        _tile_loadd(1, out1, 64);
-        _tile_loadd(2, out0 + 256, 64);
-        _tile_loadd(3, out1 + 256, 64);
-        for (int j = 0; j < n; j += 32) {
-          const char* v = s.values + (size_t(j / 32) * (dim / 16) + d / 16) * kTileBytes;
-          _tile_loadd(4, v, 64);
-          _tile_loadd(5, v + kTileBytes, 64);
-          _tile_loadd(6, s.probs + j / 32 * 2 * kTileBytes, 64);
-          _tile_loadd(7, s.probs + (j / 32 * 2 + 1) * kTileBytes, 64);
-          _tile_dpbf16ps(0, 4, 6);
-          _tile_dpbf16ps(1, 4, 7);
-          _tile_dpbf16ps(2, 5, 6);
-          _tile_dpbf16ps(3, 5, 7);
-        }
-        _tile_stored(0, out0, 64);
-        _tile_stored(1, out1, 64);
-        _tile_stored(2, out0 + 256, 64);
-        _tile_stored(3, out1 + 256, 64);
-      }
-    }
-  }
-  // Divide, transpose back to one row per column, and round.
-  for (int c = 0; c < columns; c += 16) {
-    const f32x16 inverse = 1.f / load16(s.total + c);
-    for (int d = 0; d < dim; d += 16) {
-      __m512i rows[16];
-      const float* out = s.out + size_t(c / 16) * dim * 16 + d * 16;
-      for (int i = 0; i < 16; i++) rows[i] = (__m512i)(load16(out + i * 16) * inverse);
-      transpose16(rows);
-      for (int i = 0; i < 16 && c + i < columns; i++) {
-        const int at = c_begin + c + i, head = kv_head * group + at % group;
-        store16(layer.out.at<bf16>(seq.row + at / group, head * dim + d), (f32x16)rows[i]);
-      }
-    }
-  }
+// 2**x to 1e-4, for what is rounded to bf16; 0 where x is far below 0. NaN stays NaN.
+BATON_INLINE f32x16 exp2_of_score(f32x16 x) {
+  const f32x16 f = (f32x16)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  f32x16 p = f * 0.07826797f + 0.22630768f;
+  p = p * f + 0.69542435f;
+  p = p * f + 1.0f;
+  return (f32x16)_mm512_scalef_ps((__m512)p, (__m512)x);
 }
+
+// Rounded, interleaved: low half of each lane from `even`, high half from `odd`.
+BATON_INLINE __m512i narrow_pair(f32x16 even, f32x16 odd) {
+  return (__m512i)((u32x16)rounded<bf16>(even) >> 16 | (u32x16)rounded<bf16>(odd));
+}
+
+// Prefill of columns [c_begin, c_end) of one KV head. Work passes through three stages, each a step of kStepKeys keys
+// times a block of 32 columns: scores (tiles), softmax (vectors), sums of values (tiles; of a group of steps at once,
+// because accumulators are slow to come and go). The stages of different steps run side by side: slices of the softmax
+// stand between the tile products of the step after it and of the group before it, because either alone would leave the
+// other's unit idle. Steps and groups are small so that all of it stays in L1 while keys and values stream from L2.
+class TileAttention {
+ public:
+  TileAttention(const AttentionLayer<bf16>& layer, const SequencePart& seq, int kv_head, int c_begin, int c_end,
+                AttentionScratch& scratch)
+      : layer_(layer), seq_(seq), s_(scratch), kv_head_(kv_head), c_begin_(c_begin), columns_(c_end - c_begin),
+        dim_(layer.dim), group_keys_(layer.dim < 128 ? kGroupKeys / 2 : kGroupKeys), to_log2_(layer.scale * kLog2E) {}
+
+  void run() {
+    const int padded = int(round_up(columns_, 32)), group = layer_.group(), k_tiles = dim_ / 32;
+    pack_queries(layer_, seq_, kv_head_, c_begin_, columns_, s_.queries);
+    if (columns_ <= padded - 16) {
+      std::memset(s_.queries + size_t(padded / 16 - 1) * k_tiles * kTileBytes, 0, size_t(k_tiles) * kTileBytes);
+    }
+    for (int c = 0; c < padded; c++) {
+      s_.position[c] = seq_.start + (c_begin_ + (c < columns_ ? c : columns_ - 1)) / group;
+      s_.highest[c] = kLowest;
+      s_.total[c] = 0;
+    }
+    std::memset(s_.out, 0, size_t(padded) * dim_ * sizeof(float));
+    const int keys_end = s_.position[columns_ - 1] + 1;
+    int key = layer_.window ? s_.position[0] - layer_.window + 1 : 0;
+    key = key < 0 ? 0 : key / kStepKeys * kStepKeys;
+    for (const int first_span = key; key < keys_end;) {
+      const int span_end = std::min((key / kSpanKeys + 1) * kSpanKeys, keys_end);
+      begin_span(key, span_end);
+      for (int c = 0; c < padded; c += 32) {
+        const int first = s_.position[c], last = s_.position[c + 31], end = std::min(last + 1, span_end);
+        int begin = key;
+        if (layer_.window) begin = std::max(begin, (first - layer_.window + 1) / kStepKeys * kStepKeys);
+        for (int k = begin; k < end; k += kStepKeys) {
+          const bool is_first = k == begin && key == first_span;
+          const bool is_masked = k + kStepKeys > first + 1 || (layer_.window && k <= last - layer_.window);
+          advance({c, k - key, is_first, is_masked, k + kStepKeys >= end});
+        }
+      }
+      advance({});
+      sum_values(dim_, 0);
+      key = span_end;
+    }
+    finish();
+  }
+
+ private:
+  static constexpr float kLowest = -1e20f;  // so far above kMasked that a masked score's probability is 0
+  static constexpr float kMayRise = 8;      // log2 of what probabilities may reach before sums are rescaled
+  static constexpr int kPairs = 4;          // of keys per slice of the softmax
+  static constexpr int kSlices = kStepKeys / kPairs;
+
+  struct Step {
+    int column = -1;         // the first of 32; -1: no step
+    int key = 0;             // the first of kStepKeys, counted from the span's first
+    bool is_first = false;   // of its columns, if they see keys of the first span
+    bool is_masked = false;  // some columns do not see some keys
+    bool is_last = false;    // of its columns, in this span
+    explicit operator bool() const { return column >= 0; }
+  };
+  // Steps of the same columns, one after the other in `probs`.
+  struct Group {
+    int column = 0, key = 0, num_keys = 0;
+    int parity = 0;  // of the two buffers
+    int dim = 0;     // values of dims before it are summed
+  };
+
+  // What lies beyond the sequence is replaced by other keys, and by zeros as values: all of it is masked.
+  void begin_span(int key, int end) {
+    span_ = key;
+    const int n = int(round_up(end - key, kStepKeys)), bs = layer_.block_size;
+    for (int i = 0; i < n; i += 16) {
+      const int at = key + i < end ? key + i : key;
+      keys_[i / 16] = layer_.half(seq_.blocks[at / bs], 0, kv_head_) + at % bs * dim_;
+    }
+    pack_values(layer_, seq_, kv_head_, key, n, end, s_.values);
+  }
+
+  // One step further: `next` is scored while the step before it goes through the softmax and joins the open group, and
+  // while some values of the closed group are summed.
+  void advance(const Step& next) {
+    if (now_) {
+      if (open_.num_keys == 0) open_.column = now_.column, open_.key = now_.key;
+      if (raise_highest() && !now_.is_first) rescale();
+      offset_[0] = load16(s_.highest + now_.column) * -to_log2_;
+      offset_[1] = load16(s_.highest + now_.column + 16) * -to_log2_;
+    }
+    // The closed group must be done when the open one closes.
+    const int share = now_ && now_.is_last ? dim_ : int(round_up(dim_ * kStepKeys / group_keys_, 32));
+    const int dims = closed_.num_keys ? std::min(share, dim_ - closed_.dim) : 0;
+    const int products = dims / 32 * (closed_.num_keys / 32) + (next ? dim_ / 32 : 0);
+    slice_ = now_ ? 0 : kSlices;
+    const int slices = products ? int(ceil_div(kSlices, products)) : kSlices;
+    sum_values(dims, slices);
+    if (next) score(next, slices);
+    softmax(kSlices);
+    if (now_) {
+      open_.num_keys += kStepKeys;
+      if (now_.is_last || open_.num_keys == group_keys_) close();
+    }
+    now_ = next;
+    parity_ ^= 1;
+  }
+
+  void close() {
+    sum_values(dim_, 0);
+    closed_ = open_;
+    open_ = {};
+    open_.parity = closed_.parity ^ 1;
+  }
+
+  char* scores(int parity) const { return s_.scores + parity * kStepKeys * 128; }
+  char* probs(const Group& group) const { return s_.probs + group.parity * kGroupKeys * 64; }
+
+  void mask() {
+    for (int half = 0; half < 2; half++) {
+      const __m512i position = load_as<__m512i>(s_.position + now_.column + half * 16);
+      char* score = scores(parity_) + half * 64;
+      for (int j = 0; j < kStepKeys; j++, score += 128) {
+        const __m512i at = _mm512_set1_epi32(span_ + now_.key + j);
+        __mmask16 seen = _mm512_cmple_epi32_mask(at, position);
+        if (layer_.window) {
+          seen &= _mm512_cmpgt_epi32_mask(_mm512_add_epi32(at, _mm512_set1_epi32(layer_.window)), position);
+        }
+        store_as(score, _mm512_mask_blend_ps(seen, _mm512_set1_ps(kMasked), load_as<__m512>(score)));
+      }
+    }
+  }
+
+  // Whether `highest` of some columns had to rise. It follows the true maximum only when that is far above it, column
+  // by column: what a column's sums are scaled by does not depend on its neighbours.
+  bool raise_highest() {
+    if (now_.is_masked) mask();
+    const char* in = scores(parity_);
+    f32x16 high[2][2];
+    for (int i = 0; i < 4; i++) high[i % 2][i / 2] = load_as<f32x16>(in + i * 64);
+    for (int j = 2; j < kStepKeys; j += 2) {
+      for (int i = 0; i < 4; i++) {
+        high[i % 2][i / 2] = max(high[i % 2][i / 2], load_as<f32x16>(in + j * 128 + i * 64));
+      }
+    }
+    bool is_raised = false;
+    for (int half = 0; half < 2; half++) {
+      float* at = s_.highest + now_.column + half * 16;
+      const f32x16 here = max(max(splat(kLowest), high[half][0]), high[half][1]), before = load16(at);
+      const __mmask16 is_higher =
+          _mm512_cmp_ps_mask((__m512)((here - before) * to_log2_), _mm512_set1_ps(kMayRise), _CMP_GT_OQ);
+      const f32x16 highest = (f32x16)_mm512_mask_blend_ps(is_higher, (__m512)before, (__m512)here);
+      correction_[half] = exp2((before - highest) * to_log2_);
+      store16(at, highest);
+      is_raised |= is_higher != 0;
+    }
+    return is_raised;
+  }
+
+  void rescale() {
+    if (open_.num_keys) {
+      close();
+      open_.column = now_.column, open_.key = now_.key;
+    }
+    sum_values(dim_, 0);
+    for (int half = 0; half < 2; half++) {
+      float* total = s_.total + now_.column + half * 16;
+      store16(total, load16(total) * correction_[half]);
+      float* out = s_.out + size_t(now_.column / 16 + half) * dim_ * 16;
+      for (int d = 0; d < dim_; d++) store16(out + d * 16, load16(out + d * 16) * correction_[half]);
+    }
+  }
+
+  // Slices up to `end`: probabilities in the order of the tiles that they become, [2 column halves][16 pairs of keys]
+  // [16 columns][2].
+  BATON_INLINE void softmax(int end) {
+    for (; slice_ < end; slice_++) {
+      const int half = slice_ / (kSlices / 2), pair = slice_ % (kSlices / 2) * kPairs;
+      const char* in = scores(parity_) + half * 64 + pair * 256;
+      char* out = probs(open_) + open_.num_keys * 64 + slice_ * kPairs * 64;
+      float* total = s_.total + now_.column + half * 16;
+      const f32x16 offset = offset_[half];
+      f32x16 sums[kPairs];
+      for (int i = 0; i < kPairs; i++) {
+        const f32x16 p0 = exp2_of_score(load_as<f32x16>(in + i * 256) * to_log2_ + offset);
+        const f32x16 p1 = exp2_of_score(load_as<f32x16>(in + i * 256 + 128) * to_log2_ + offset);
+        sums[i] = p0 + p1;
+        // Round both to bf16 (ties up) and interleave: low half of each lane the even key, high half the odd one.
+        const u32x16 low = ((u32x16)p0 + 0x8000u) >> 16, high = (u32x16)p1 + 0x8000u;
+        store_as(out + i * 64, _mm512_mask_blend_epi16(0xaaaaaaaau, (__m512i)low, (__m512i)high));
+      }
+      store16(total, load16(total) + ((sums[0] + sums[1]) + (sums[2] + sums[3])));
+    }
+  }
+
+  // Scores of `step`, into the other buffer; `slices` of the softmax after each product.
+  BATON_INLINE void score(const Step& step, int slices) {
+    const int k_tiles = dim_ / 32;
+    const char* queries = s_.queries + size_t(step.column / 16) * k_tiles * kTileBytes;
+    const bf16 *k0 = keys_[step.key / 16], *k1 = keys_[step.key / 16 + 1];
+    char* out = scores(parity_ ^ 1);
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int t = 0; t < k_tiles; t++) {
+      _tile_loadd(4, k0 + t * 32, dim_ * 2);
+      _tile_loadd(6, queries + size_t(t) * kTileBytes, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(7, queries + size_t(k_tiles + t) * kTileBytes, 64);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_loadd(5, k1 + t * 32, dim_ * 2);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+      softmax(std::min(slice_ + slices, kSlices));
+    }
+    _tile_stored(0, out, 128);
+    _tile_stored(1, out + 64, 128);
+    _tile_stored(2, out + 16 * 128, 128);
+    _tile_stored(3, out + 16 * 128 + 64, 128);
+  }
+
+  // Of the closed group, for `dims` more dims: out^T [dim][columns] += V^T [dim][keys] * P^T [keys][columns]
+  BATON_INLINE void sum_values(int dims, int slices) {
+    if (!closed_.num_keys) return;
+    const char* p = probs(closed_);
+    const int end = std::min(closed_.dim + dims, dim_);
+    for (; closed_.dim < end; closed_.dim += 32) {
+      float* out0 = s_.out + size_t(closed_.column / 16) * dim_ * 16 + closed_.dim * 16;
+      float* out1 = out0 + dim_ * 16;
+      _tile_loadd(0, out0, 64);
+      _tile_loadd(1, out1, 64);
+      _tile_loadd(2, out0 + 256, 64);
+      _tile_loadd(3, out1 + 256, 64);
+      for (int j = 0; j < closed_.num_keys; j += 32) {
+        const char* v = s_.values + (size_t((closed_.key + j) / 32) * (dim_ / 16) + closed_.dim / 16) * kTileBytes;
+        _tile_loadd(4, v, 64);
+        _tile_loadd(6, p + j * 64, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, p + j * 64 + kTileBytes, 64);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_loadd(5, v + kTileBytes, 64);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+        softmax(std::min(slice_ + slices, kSlices));
+      }
+      _tile_stored(0, out0, 64);
+      _tile_stored(1, out1, 64);
+      _tile_stored(2, out0 + 256, 64);
+      _tile_stored(3, out1 + 256, 64);
+    }
+    if (closed_.dim == dim_) closed_.num_keys = 0;
+  }
+
+  // Divide, round, and transpose back to one row per column.
+  void finish() {
+    const int group = layer_.group();
+    int row = seq_.row + c_begin_ / group, head = c_begin_ % group;
+    for (int c = 0; c < columns_; c += 16) {
+      const int here = std::min(columns_ - c, 16);
+      char* to[16];
+      for (int i = 0; i < here; i++) {
+        to[i] = layer_.out.row(row, (kv_head_ * group + head) * dim_ / 32);
+        if (++head == group) head = 0, row++;
+      }
+      const f32x16 inverse = 1.f / load16(s_.total + c);
+      const float* out = s_.out + size_t(c) * dim_;
+      for (int d = 0; d < dim_; d += 32) {
+        __m512i rows[16];  // pairs of dims
+        for (int i = 0; i < 16; i++, out += 32) {
+          rows[i] = narrow_pair(load16(out) * inverse, load16(out + 16) * inverse);
+        }
+        transpose16(rows);
+        for (int i = 0; i < here; i++) {
+          store_as(to[i], rows[i]);
+          to[i] += layer_.out.rows_per_tile * kTileRowBytes;
+        }
+      }
+    }
+  }
+
+  const AttentionLayer<bf16>& layer_;
+  const SequencePart& seq_;
+  AttentionScratch& s_;
+  const int kv_head_, c_begin_, columns_, dim_, group_keys_;
+  const float to_log2_;
+  int span_ = 0;                      // its first key
+  const bf16* keys_[kSpanKeys / 16];  // of the span, sixteen keys each: never across a block
+  Step now_;                          // scored, in the softmax
+  int slice_ = 0;                     // of its softmax, the next
+  int parity_ = 0;                    // of the two buffers, which has its scores
+  f32x16 offset_[2], correction_[2];  // of its columns
+  Group open_, closed_;
+};
 
 // ---- AMX, one token: keys and values pass once, in the order in which they lie ---------------------------------------
 // out[g][32 dims * kDims] += p[g][16 keys] V for the sixteen keys of which `v` is the first, in registers. Lanes of the
@@ -434,12 +609,7 @@ inline void attend_token(const AttentionLayer<bf16>& layer, const SequencePart& 
   for (int h = 0; h < num_heads; h++) {
     pack_token_queries(layer, seq, (h_begin + h) * group + g_begin, columns, step, s.queries + h * query_bytes);
   }
-  TileConfig config;
-  for (int i = 0; i < 8; i++) {
-    config.row_bytes[i] = uint16_t(i == 4 || i == 5 ? 64 : 4 * width);
-    config.rows[i] = kTileRows;
-  }
-  _tile_loadconfig(&config);
+  configure_all_tiles(width);
   float* out = s.out;  // [query][dim], query = head * columns + g
   float highest[kDecodeQueries], total[kDecodeQueries];
   for (int q = 0; q < num_queries; q++) highest[q] = kMasked, total[q] = 0;
@@ -584,8 +754,8 @@ inline void attend(const AttentionLayer<T>& layer, const std::vector<SequencePar
 #if defined(__AMX_TILE__) && defined(__AVX512BF16__)
   if constexpr (sizeof(T) == 2) {
     if (seq.num_new > 1) {
-      configure_tiles(kTileRows);
-      return attend_tiles(layer, seq, item.h_begin, item.c_begin, item.c_end, s);
+      configure_all_tiles(16);
+      return TileAttention(layer, seq, item.h_begin, item.c_begin, item.c_end, s).run();
     }
     for (int g = item.c_begin; g < item.c_end; g += 16) {
       attend_token(layer, seq, item.h_begin, item.h_end, g, item.c_end - g < 16 ? item.c_end - g : 16, s);

@@ -319,18 +319,13 @@ class Decoder final : public DecoderBase {
       const auto [position, seq] = positions_[m];
       const float* cos_sin = step_->cos_sin + int64_t(position) * dim;
       T* q = qkv_.as<T>() + m * qkv_stride_;
-      for (int h = 0; h < m_.num_heads; h++, q += dim) {
-        if (layer.q_norm) norm_head(q, layer.q_norm, dim, m_.eps);
-        rotate_head(q, cos_sin, dim, q);
-      }
+      rotate_heads(q, m_.num_heads, layer.q_norm, m_.eps, cos_sin, dim, q, dim);
+      const T *k = q + m_.num_heads * dim, *v = k + kv_heads * dim;
       const int64_t half = int64_t(kv_heads) * m_.block_size * dim;  // elements of K, and of V, of one block
       T* out = reinterpret_cast<T*>(layer.pool) + parts_[seq].blocks[position / m_.block_size] * 2 * half +
                position % m_.block_size * dim;
-      for (int h = 0; h < kv_heads; h++, q += dim, out += m_.block_size * dim) {
-        if (layer.k_norm) norm_head(q, layer.k_norm, dim, m_.eps);
-        rotate_head(q, cos_sin, dim, out);
-        std::memcpy(out + half, q + kv_heads * dim, dim * sizeof(T));
-      }
+      rotate_heads(k, kv_heads, layer.k_norm, m_.eps, cos_sin, dim, out, m_.block_size * dim);
+      for (int h = 0; h < kv_heads; h++) std::memcpy(out + half + h * m_.block_size * dim, v + h * dim, dim * sizeof(T));
     }
   }
 

@@ -23,6 +23,7 @@ constexpr int kGroupKeys = 256;     // prefill: whose values are summed at once,
 constexpr int kDecodeKeys = 128;    // decode: per step of the online softmax
 constexpr int kDecodeQueries = 64;  // decode: of one work item, all its KV heads together
 constexpr int kWideQueryTiles = 12;
+constexpr int kFetchBytes = 128 << 10;  // decode: of keys, and of values, of a step that are fetched a step ahead
 
 // One layer's pool and the shape of its attention. `q` is [num_tokens][q_stride], head h at h * dim, rotated.
 template <class T>
@@ -36,6 +37,8 @@ struct AttentionLayer {
   float scale;
 
   int group() const { return num_heads / num_kv_heads; }
+  // The first of `end` positions that the last of them sees.
+  int first_seen(int end) const { return window && end > window ? end - window : 0; }
   // First element of the keys (half 0) or values (1) of one head in one block: [block_size][dim].
   BATON_INLINE const T* half(int block, int half, int kv_head) const {
     return pool + ((int64_t(block) * 2 + half) * num_kv_heads + kv_head) * int64_t(block_size) * dim;
@@ -139,9 +142,6 @@ inline void attend_plain(const AttentionLayer<T>& layer, const SequencePart& seq
 
 #if defined(__AMX_TILE__) && defined(__AVX512BF16__)
 // ---- AMX ---------------------------------------------------------------------------------------------------------
-// As _tile_loadconfig, whose operand in GCC's header is only the first eight bytes: stores of the others may be dropped.
-BATON_INLINE void load_tile_config(const TileConfig& config) { __asm__ volatile("ldtilecfg %0" : : "m"(config)); }
-
 inline void configure_all_tiles(int width) {  // 4 and 5, the keys: 64 bytes in any case
   TileConfig config;
   for (int i = 0; i < 8; i++) {
@@ -591,11 +591,48 @@ inline void pack_token_queries(const AttentionLayer<bf16>& layer, const Sequence
   }
 }
 
+// The keys of one step, in tiles of sixteen, in the order of memory: block, head, token.
+struct KeyTiles {
+  struct Tile {
+    const bf16* keys;  // of one head
+    int head, at;      // of the item's heads; position of the first key within the step
+  };
+  Tile tiles[kDecodeQueries * kDecodeKeys / 16 + 2];
+  int count = 0;
+
+  // Keys from `key` on, kDecodeKeys or what there is before `end`.
+  void list(const AttentionLayer<bf16>& layer, const SequencePart& seq, int h_begin, int h_end, int key, int end) {
+    const int bs = layer.block_size, dim = layer.dim;
+    const int n16 = int(round_up(end - key < kDecodeKeys ? end - key : kDecodeKeys, 16));
+    count = 0;
+    for (int j = 0; j < n16;) {
+      const int in_block = bs - (key + j) % bs, run = n16 - j < in_block ? n16 - j : in_block;
+      const bf16* k = layer.half(seq.blocks[(key + j) / bs], 0, h_begin) + (key + j) % bs * dim;
+      for (int h = h_begin; h < h_end; h++, k += int64_t(bs) * dim) {
+        for (int t = 0; t < run; t += 16) tiles[count++] = {k + t * dim, h - h_begin, j + t};
+      }
+      j += run;
+    }
+  }
+
+  // Into L2, while tile `i` of another list is worked on: part `part` of `parts` of a fourth of each of four tiles, a
+  // quarter of this list apart. In one run, requests to memory would hold all of the core's fill buffers (see FetchPlan).
+  // Large steps gain nothing.
+  BATON_INLINE void fetch(int i, int dim, int64_t offset, int part, int parts) const {
+    const int quarter = (count + 3) / 4, lines = dim / 8 / parts, first = (i % 4) * (dim / 8) + part * lines;
+    if (i / 4 >= quarter || count * 32 * dim > kFetchBytes) return;
+    for (int at = i / 4; at < count; at += quarter) {
+      const char* from = reinterpret_cast<const char*>(tiles[at].keys + offset) + first * 64;
+      for (int l = 0; l < lines; l++) prefetch_l2(from + l * 64);
+    }
+  }
+};
+
 // One token of a sequence, KV heads [h_begin, h_end) and of each the `columns` queries from g_begin on (at most 16), at
 // most kDecodeQueries together. All heads advance together, because the heads of a block are neighbours in memory: read
 // one by one, each would end a run of pages, and the memory would wait for the core at the start of every one.
 inline void attend_token(const AttentionLayer<bf16>& layer, const SequencePart& seq, int h_begin, int h_end, int g_begin,
-                         int columns, AttentionScratch& s) {
+                         int columns, const SequencePart* next, AttentionScratch& s) {
   const int dim = layer.dim, group = layer.group(), bs = layer.block_size, k_tiles = dim / 32;
   const int end = seq.end(), num_heads = h_end - h_begin, num_queries = num_heads * columns;
   const float to_log2 = layer.scale * kLog2E;
@@ -616,27 +653,19 @@ inline void attend_token(const AttentionLayer<bf16>& layer, const SequencePart& 
   std::memset(out, 0, size_t(num_queries) * dim * sizeof(float));
   float* rows = (float*)s.keys;          // [query][kDecodeKeys]
   uint16_t* probs = (uint16_t*)s.probs;  // the same, bf16
-  struct Tile {
-    const bf16* keys;  // sixteen keys of one head
-    int head, at;      // of the item's heads; position of the first key within the step
-  };
-  Tile tiles[kDecodeQueries * kDecodeKeys / 16 + 2];
+  KeyTiles lists[2];
   const i32x16 lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  const int first = layer.window && end > layer.window ? end - layer.window : 0;
-  for (int key = first / 16 * 16; key < end; key += kDecodeKeys) {
+  const int first = layer.first_seen(end);
+  int turn = 0;
+  lists[0].list(layer, seq, h_begin, h_end, first / 16 * 16, end);
+  for (int key = first / 16 * 16; key < end; key += kDecodeKeys, turn ^= 1) {
     const int n = end - key < kDecodeKeys ? end - key : kDecodeKeys, n16 = int(round_up(n, 16));
-    int num_tiles = 0;  // in the order of memory: block, head, token
-    for (int j = 0; j < n16;) {
-      const int in_block = bs - (key + j) % bs, run = n16 - j < in_block ? n16 - j : in_block;
-      const bf16* k = layer.half(seq.blocks[(key + j) / bs], 0, h_begin) + (key + j) % bs * dim;
-      for (int h = 0; h < num_heads; h++, k += int64_t(bs) * dim) {
-        for (int t = 0; t < run; t += 16) tiles[num_tiles++] = {k + t * dim, h, j + t};
-      }
-      j += run;
-    }
+    KeyTiles &here = lists[turn], &then = lists[turn ^ 1];
+    KeyTiles::Tile* tiles = here.tiles;
+    const int num_tiles = here.count;
     tiles[num_tiles] = tiles[num_tiles + 1] = {tiles[0].keys + to_values, 0, 0};  // what is read after the last keys
     for (int i = 0; i < num_tiles; i += 2) {  // two at once: one sum must wait for itself
-      const Tile &one = tiles[i], &two = tiles[i + 1 < num_tiles ? i + 1 : i];
+      const KeyTiles::Tile &one = tiles[i], &two = tiles[i + 1 < num_tiles ? i + 1 : i];
       const char* next[2];
       for (int ahead = 0; ahead < 2; ahead++) {
         next[ahead] = reinterpret_cast<const char*>(tiles[std::min(i + 2 + ahead, num_tiles + 1)].keys);
@@ -652,9 +681,11 @@ inline void attend_token(const AttentionLayer<bf16>& layer, const SequencePart& 
         _tile_loadd(4, one.keys + t * 32, dim * 2);
         _tile_loadd(6, query_one + t * tile_bytes, 4 * step);
         _tile_dpbf16ps(0, 4, 6);
+        here.fetch(i, dim, to_values, t, k_tiles);
         _tile_loadd(5, two.keys + t * 32, dim * 2);
         _tile_loadd(7, query_two + t * tile_bytes, 4 * step);
         _tile_dpbf16ps(1, 5, 7);
+        here.fetch(i + 1, dim, to_values, t, k_tiles);
       }
       char* scores = s.scores + i % 8 * tile_bytes;  // not the same one soon: the stores take a while
       _tile_stored(0, scores, 4 * step);
@@ -691,8 +722,15 @@ inline void attend_token(const AttentionLayer<bf16>& layer, const SequencePart& 
         for (int d = 0; d < dim; d += 16) store16(out + q * dim + d, load16(out + q * dim + d) * correction);
       }
     }
+    then.count = 0;
+    if (key + kDecodeKeys < end) {
+      then.list(layer, seq, h_begin, h_end, key + kDecodeKeys, end);
+    } else if (next) {
+      then.list(layer, *next, h_begin, h_end, layer.first_seen(next->end()) / 16 * 16, next->end());
+    }
     for (int i = 0; i < num_tiles; i++) {
-      const Tile& tile = tiles[i];
+      const KeyTiles::Tile& tile = tiles[i];
+      then.fetch(i, dim, 0, 0, 1);
       const int q = tile.head * columns, here = n - tile.at < 16 ? n - tile.at : 16;
       const bf16* next = tiles[i + 1 < num_tiles ? i + 1 : i].keys + to_values;
       add_group(columns, tile.keys + to_values, dim, here, probs + q * kDecodeKeys + tile.at, kDecodeKeys,
@@ -749,7 +787,7 @@ inline void plan_attention(const AttentionLayer<T>& layer, const std::vector<Seq
 
 template <class T>
 inline void attend(const AttentionLayer<T>& layer, const std::vector<SequencePart>& parts, const AttentionItem& item,
-                   AttentionScratch& s) {
+                   const AttentionItem* next, AttentionScratch& s) {
   const SequencePart& seq = parts[item.seq];
 #if defined(__AMX_TILE__) && defined(__AVX512BF16__)
   if constexpr (sizeof(T) == 2) {
@@ -758,7 +796,9 @@ inline void attend(const AttentionLayer<T>& layer, const std::vector<SequencePar
       return TileAttention(layer, seq, item.h_begin, item.c_begin, item.c_end, s).run();
     }
     for (int g = item.c_begin; g < item.c_end; g += 16) {
-      attend_token(layer, seq, item.h_begin, item.h_end, g, item.c_end - g < 16 ? item.c_end - g : 16, s);
+      const bool is_decode = next && parts[next->seq].num_new == 1;
+      attend_token(layer, seq, item.h_begin, item.h_end, g, item.c_end - g < 16 ? item.c_end - g : 16,
+                   is_decode ? &parts[next->seq] : nullptr, s);
     }
     return;
   }

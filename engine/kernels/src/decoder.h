@@ -340,7 +340,8 @@ class Decoder final : public DecoderBase {
     auto& scratch = *scratch_[thread]->template as<AttentionScratch>();
     const int count = int(items_.size());
     for (int i; (i = next_item_[index].fetch_add(1, std::memory_order_relaxed)) < count;) {
-      attend(attention, parts_, items_[i], scratch);
+      const int next = i + pool_.size();  // the thread's next item, more or less
+      attend(attention, parts_, items_[i], next < count ? &items_[next] : nullptr, scratch);
     }
   }
 

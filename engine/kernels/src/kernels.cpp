@@ -92,7 +92,7 @@ void attend_all(const AttentionLayer<T>& layer, const StepDesc& step) {
   }
   std::vector<AttentionItem> items;
   plan_attention(layer, parts, 1, items);
-  for (const auto& item : items) attend(layer, parts, item, scratch);
+  for (const auto& item : items) attend(layer, parts, item, nullptr, scratch);
   release_tiles();
 }
 

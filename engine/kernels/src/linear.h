@@ -95,13 +95,16 @@ struct __attribute__((packed)) TileConfig {
   uint8_t rows[16] = {};
 };
 // Tiles 0..3 accumulate and 4, 5 hold activations: `rows` rows. 6 and 7 hold weights: 16 rows.
+// As _tile_loadconfig, whose operand in GCC's header is only the first eight bytes: stores of the others may be dropped.
+BATON_INLINE void load_tile_config(const TileConfig& config) { __asm__ volatile("ldtilecfg %0" : : "m"(config)); }
+
 inline void configure_tiles(int rows) {
   TileConfig config;
   for (int i = 0; i < 8; i++) {
     config.row_bytes[i] = 64;
     config.rows[i] = uint8_t(i < 6 ? rows : kTileRows);
   }
-  _tile_loadconfig(&config);
+  load_tile_config(config);
 }
 inline void release_tiles() { _tile_release(); }
 

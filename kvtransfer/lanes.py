@@ -13,7 +13,7 @@ from typing import Final, NamedTuple
 from baton.kv_layout import UNIT_TOKENS
 from kvtransfer.api import TransferId
 from kvtransfer.messages import NO_DIGEST, Data
-from kvtransfer.plan import FETCHED_FRAME_BYTES, FRAME_BYTES, CopyPlan, Part, TableRuns
+from kvtransfer.plan import CopyPlan, Part, TableRuns
 
 _MAX_CACHED_SOURCES: Final = 16
 _WINDOW_PARTS: Final = 4
@@ -104,13 +104,13 @@ class SendLane:
         return total_bytes <= self.bytes_sent
 
     def next_frame(
-        self, transfer_id: TransferId, sendable: Callable[[int], int], *, name_blocks: bool
+        self, transfer_id: TransferId, sendable: Callable[[int], int], max_bytes: int, *, name_blocks: bool
     ) -> Outgoing | None:
         """The next frame; it counts as sent. None: nothing is ready or there is no credit for it."""
         plan, runs = self._plan, self._runs
         if not self._ready or plan is None or runs is None:
             return None
-        max_bytes = min(FETCHED_FRAME_BYTES if name_blocks else FRAME_BYTES, self._window_bytes // 2)
+        max_bytes = min(max_bytes, self._window_bytes // 2)
         layer = next(iter(self._ready))
         first, limit = self._sent_tokens[layer], sendable(layer)
         end = plan.frame_end(layer, first, limit, max_bytes)

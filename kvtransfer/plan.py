@@ -29,10 +29,10 @@ from baton.errors import LayoutMismatch
 from baton.kv_layout import UNIT_TOKENS, KVLayout, ModelKV, kv_head_range
 
 FRAME_BYTES: Final = 16 * 1024 * 1024
-"""Most payload bytes of one frame on a stream, unless a single unit is larger."""
+"""Most payload bytes of one frame on a stream or in shared memory, unless a single unit is larger."""
 
 FETCHED_FRAME_BYTES: Final = 4 * 1024 * 1024
-"""The same where the receiver fetches the bytes."""
+"""The same where a device or NIXL fetches the bytes."""
 
 HASH_BYTES: Final = 256 * 1024
 """Where there is no native code, bytes are copied and hashed in pieces that stay in a core's own cache in between."""

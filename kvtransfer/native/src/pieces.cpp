@@ -80,7 +80,7 @@ void hash_piece(const uint8_t* data, size_t num_bytes, const uint8_t* next, xxh3
 
 }  // namespace
 
-API int32_t baton_pieces_abi() { return 3; }
+API int32_t baton_pieces_abi() { return 4; }
 
 API uint64_t baton_digest_bytes() { return sizeof(xxh3::Digest); }
 
@@ -117,6 +117,7 @@ API void baton_copy(const iovec* to, const iovec* from, uint64_t num_bytes, xxh3
 
 // Sends the next `num_bytes` of the pieces on a non-blocking socket until it is full; how many were sent, or -errno if
 // none. `digest`, if any, is fed with each part right before it goes; `*num_hashed` bytes after the cursor are in it.
+// With a digest the last part stays unsent once it is hashed: the caller may put the digest behind it.
 API int64_t baton_send(int32_t fd, const iovec* pieces, Cursor* cursor, uint64_t num_bytes, xxh3::Digest* digest,
                        uint64_t* num_hashed) {
     uint64_t done = 0;
@@ -129,6 +130,7 @@ API int64_t baton_send(int32_t fd, const iovec* pieces, Cursor* cursor, uint64_t
             baton_digest_take(digest, pieces, &walk, part - *num_hashed);
             *num_hashed = part;
         }
+        if (digest && *num_hashed >= num_bytes - done) return static_cast<int64_t>(done);
         msghdr message{};
         message.msg_iov = batch;
         message.msg_iovlen = static_cast<size_t>(gather(pieces, *cursor, part, batch));

@@ -137,7 +137,7 @@ class SendLane:
         first_unit, end_unit = first // UNIT_TOKENS, -(-end // UNIT_TOKENS)
         ranks = plan.source.tp_rank, plan.destination.tp_rank
         frame = Data(transfer_id, *ranks, layer, num_layers, first_unit, end_unit - first_unit, NO_DIGEST, blocks)
-        return Outgoing(frame, [(number, runs.runs(number, first, end)) for number in layers], num_bytes)
+        return Outgoing(frame, runs.parts(layers, first, end), num_bytes)
 
     def _name_blocks(self, first_token: int, end_token: int) -> bytes:
         assert self._plan is not None
@@ -216,13 +216,13 @@ class ReceiveLane:
         source_parts = None
         if payload_bytes is None:
             source = self._source_of(first, end, frame.source_blocks)
-            source_parts = [(layer, source.runs(layer, first, end)) for layer in layers]
+            source_parts = source.parts(layers, first, end)
         elif frame.source_blocks:
             raise Misfit("block ids on a stream")
         for layer in layers:
             self._begun[layer] |= mask
         self._bytes_begun += num_bytes
-        return Landing([(layer, runs.runs(layer, first, end)) for layer in layers], source_parts, num_bytes)
+        return Landing(runs.parts(layers, first, end), source_parts, num_bytes)
 
     def landed(self, frame: Data, num_bytes: int) -> int | None:
         """The bytes are in place and verified. Answers the total to credit, when it is time."""

@@ -123,14 +123,14 @@ API int64_t baton_send(int32_t fd, const iovec* pieces, Cursor* cursor, uint64_t
     uint64_t done = 0;
     iovec batch[MAX_IOV];
     while (done < num_bytes) {
-        const uint64_t part = least(num_bytes - done, HASH_BYTES);
+        const uint64_t rest = num_bytes - done, part = rest < HASH_BYTES + HASH_BYTES / 2 ? rest : HASH_BYTES;
         if (digest && *num_hashed < part) {
             Cursor walk = *cursor;
             advance(pieces, walk, *num_hashed);
             baton_digest_take(digest, pieces, &walk, part - *num_hashed);
             *num_hashed = part;
         }
-        if (digest && *num_hashed >= num_bytes - done) return static_cast<int64_t>(done);
+        if (digest && *num_hashed >= rest) return static_cast<int64_t>(done);
         msghdr message{};
         message.msg_iov = batch;
         message.msg_iovlen = static_cast<size_t>(gather(pieces, *cursor, part, batch));

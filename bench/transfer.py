@@ -40,7 +40,7 @@ import numpy as np
 
 from baton.kv_layout import KVGeometry, KVLayout, LayerSpec, ModelKV
 from baton.tls import make_identity
-from kvtransfer import lanes
+from kvtransfer import connection
 from kvtransfer.api import (
     Completed,
     EndpointConfig,
@@ -157,16 +157,15 @@ def send_arm(bench: Bench, arm: str, peers: dict[str, PeerRank], num_tokens: int
     transfer_id = TransferId(secrets.token_bytes(16))
     peer = PeerWorker("d", "d", (peers[arm],))
     is_per_block, block_bytes = BATON_ARMS[arm][2], bench.layout.block_bytes(0)
-    lanes.FRAME_BYTES = block_bytes if is_per_block else FRAME_BYTES  # type: ignore[misc]
-    lanes.FETCHED_FRAME_BYTES = block_bytes if is_per_block else FETCHED_FRAME_BYTES  # type: ignore[misc]
+    connection.FRAME_BYTES = block_bytes if is_per_block else FRAME_BYTES  # type: ignore[misc]
+    connection.FETCHED_FRAME_BYTES = block_bytes if is_per_block else FETCHED_FRAME_BYTES  # type: ignore[misc]
     endpoint.open_send(SendRequest(transfer_id, peer, num_tokens, tuple(table)))
     accepted = threading.Event()
     bench.expect(arm, {Granted})
     endpoint._thread.post(accepted.set)  # Accept follows Grant on the same link: both are taken in one turn
     accepted.wait()
     began = time.monotonic()
-    for layer in range(len(MODEL.layers)):
-        endpoint.written(transfer_id, layer, num_tokens)
+    endpoint.written(transfer_id, None, num_tokens)
     endpoint.finish(transfer_id, b"")
     bench.expect(arm, {Completed})
     return began

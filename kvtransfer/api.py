@@ -192,8 +192,8 @@ class TransferEndpoint(Protocol):
         """Make a transfer known. On the leader (tp_rank 0) this sends the reserve request."""
         ...
 
-    def written(self, transfer_id: TransferId, layer: int, num_tokens: int, ready: Ready | None = None) -> None:
-        """KV of `layer` for tokens [0, num_tokens) is in the pool, or will be once `ready` has fired.
+    def written(self, transfer_id: TransferId, layer: int | None, num_tokens: int, ready: Ready | None = None) -> None:
+        """KV of `layer` (None: of every layer) for tokens [0, num_tokens) is in the pool, or will be once `ready` fired.
 
         Full units go out as credits allow. Events fire in the order of the calls that bring them.
         """

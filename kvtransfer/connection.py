@@ -64,8 +64,8 @@ class Traffic(Protocol):
     def end(self, connection: Connection, message: Message) -> None:
         """The message is complete."""
 
-    def pull(self, connection: Connection) -> OutgoingFrame | None:
-        """The next data frame."""
+    def pull(self, connection: Connection, is_hurried: bool) -> OutgoingFrame | None:
+        """The next data frame; nothing that takes time to make if `is_hurried`."""
 
 
 class Connection:
@@ -127,6 +127,11 @@ class Connection:
         return self.transport in (shm.NAME, nixl.NAME, cuda_ipc.NAME)
 
     @property
+    def frame_bytes(self) -> int:
+        """Most payload bytes of a frame that goes out, unless a single unit is larger."""
+        return FETCHED_FRAME_BYTES if self.transport in (nixl.NAME, cuda_ipc.NAME) else FRAME_BYTES
+
+    @property
     def key(self) -> LinkKey:
         """The peer; authenticated."""
         assert self.session is not None
@@ -175,8 +180,8 @@ class Connection:
         if self.remote is not None:
             self.remote.close()
 
-    def _pull(self) -> OutgoingFrame | None:
-        return None if self.session is None else self._traffic.pull(self)
+    def _pull(self, is_hurried: bool) -> OutgoingFrame | None:
+        return None if self.session is None else self._traffic.pull(self, is_hurried)
 
     def _begin(self, message: Message, payload_bytes: int) -> Sink | None:
         return None if self.session is None else self._traffic.begin(self, message, payload_bytes)

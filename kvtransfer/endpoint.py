@@ -128,13 +128,15 @@ class Endpoint:
         self._check_payload(request.reserve_payload)
         self._thread.post(self._thread.now_do, self._thread.send.open, request)
 
-    def written(self, transfer_id: TransferId, layer: int, num_tokens: int, ready: Ready | None = None) -> None:
-        """KV of `layer` for tokens [0, num_tokens) is in the pool, once `ready` has fired."""
+    def written(self, transfer_id: TransferId, layer: int | None, num_tokens: int, ready: Ready | None = None) -> None:
+        """KV of `layer` (None: of every layer) for tokens [0, num_tokens) is in the pool, once `ready` has fired."""
         layout = self._config.layout
-        if not 0 <= layer < len(layout.model.layers):
-            raise ValueError(f"no layer {layer}")
-        self._unsaid_bytes += layout.block_bytes(layer) * num_tokens // layout.geometry.block_size
-        is_urgent = layer == len(layout.model.layers) - 1 or self._unsaid_bytes >= self._thread.wake_bytes
+        is_urgent = layer is None or layer == len(layout.model.layers) - 1
+        if layer is not None:
+            if not 0 <= layer < len(layout.model.layers):
+                raise ValueError(f"no layer {layer}")
+            self._unsaid_bytes += layout.block_bytes(layer) * num_tokens // layout.geometry.block_size
+            is_urgent = is_urgent or self._unsaid_bytes >= self._thread.wake_bytes
         if is_urgent:
             self._unsaid_bytes = 0
         self._thread.post(self._thread.written, transfer_id, layer, num_tokens, ready, is_urgent=is_urgent)

@@ -13,7 +13,7 @@ from typing import Final, NamedTuple
 from baton.kv_layout import UNIT_TOKENS
 from kvtransfer.api import TransferId
 from kvtransfer.messages import NO_DIGEST, Data
-from kvtransfer.plan import FETCHED_FRAME_BYTES, FRAME_BYTES, CopyPlan, Part, TableRuns
+from kvtransfer.plan import CopyPlan, Part, TableRuns
 
 _MAX_CACHED_SOURCES: Final = 16
 _WINDOW_PARTS: Final = 4
@@ -104,13 +104,13 @@ class SendLane:
         return total_bytes <= self.bytes_sent
 
     def next_frame(
-        self, transfer_id: TransferId, sendable: Callable[[int], int], *, name_blocks: bool
+        self, transfer_id: TransferId, sendable: Callable[[int], int], max_bytes: int, *, name_blocks: bool
     ) -> Outgoing | None:
         """The next frame; it counts as sent. None: nothing is ready or there is no credit for it."""
         plan, runs = self._plan, self._runs
         if not self._ready or plan is None or runs is None:
             return None
-        max_bytes = min(FETCHED_FRAME_BYTES if name_blocks else FRAME_BYTES, self._window_bytes // 2)
+        max_bytes = min(max_bytes, self._window_bytes // 2)
         layer = next(iter(self._ready))
         first, limit = self._sent_tokens[layer], sendable(layer)
         end = plan.frame_end(layer, first, limit, max_bytes)
@@ -137,7 +137,7 @@ class SendLane:
         first_unit, end_unit = first // UNIT_TOKENS, -(-end // UNIT_TOKENS)
         ranks = plan.source.tp_rank, plan.destination.tp_rank
         frame = Data(transfer_id, *ranks, layer, num_layers, first_unit, end_unit - first_unit, NO_DIGEST, blocks)
-        return Outgoing(frame, [(number, runs.runs(number, first, end)) for number in layers], num_bytes)
+        return Outgoing(frame, runs.parts(layers, first, end), num_bytes)
 
     def _name_blocks(self, first_token: int, end_token: int) -> bytes:
         assert self._plan is not None
@@ -216,13 +216,13 @@ class ReceiveLane:
         source_parts = None
         if payload_bytes is None:
             source = self._source_of(first, end, frame.source_blocks)
-            source_parts = [(layer, source.runs(layer, first, end)) for layer in layers]
+            source_parts = source.parts(layers, first, end)
         elif frame.source_blocks:
             raise Misfit("block ids on a stream")
         for layer in layers:
             self._begun[layer] |= mask
         self._bytes_begun += num_bytes
-        return Landing([(layer, runs.runs(layer, first, end)) for layer in layers], source_parts, num_bytes)
+        return Landing(runs.parts(layers, first, end), source_parts, num_bytes)
 
     def landed(self, frame: Data, num_bytes: int) -> int | None:
         """The bytes are in place and verified. Answers the total to credit, when it is time."""

@@ -17,12 +17,12 @@ from kvtransfer.frames import FrameReader, Sink, Tagger, encode_frame
 from kvtransfer.messages import Data, Message, ProtocolError, Seal
 from kvtransfer.native.library import library
 from kvtransfer.plan import HASH_BYTES
-from kvtransfer.pool import Digest, Extents
+from kvtransfer.pool import Extents
 from kvtransfer.transports.tls import TlsSocket
 
 _MAX_IOV: Final = 512
 """Buffers per system call; the kernel's limit is 1024."""
-TURN_BYTES: Final = 8 * 1024 * 1024
+TURN_BYTES: Final = 16 * 1024 * 1024
 """Bytes that one link may move before the others get their turn."""
 _LOW_WATER_BYTES: Final = 512 * 1024
 _MAX_FDS: Final = 1
@@ -46,8 +46,8 @@ class LinkClosed(Exception):
 class Link:
     """Frames in and out of one socket. One thread.
 
-    `pull` is asked for data whenever no message waits, so messages overtake data between frames, and a frame is made
-    only when the socket can take it.
+    `pull` is asked for data whenever nothing is being written. Messages that wait go in front of the frame that it
+    gives, so they overtake data between frames, and a frame is made only when the socket can take it.
     """
 
     def __init__(
@@ -55,9 +55,10 @@ class Link:
         sock: socket.socket | TlsSocket,
         begin: Callable[[Message, int], Sink | None],
         end: Callable[[Message], None],
-        pull: Callable[[], OutgoingFrame | None],
+        pull: Callable[[bool], OutgoingFrame | None],
         max_control_bytes: int,
     ) -> None:
+        """`pull` gives the next data frame; asked with True it gives nothing that takes time to make."""
         sock.setblocking(False)
         self._sock = sock
         self._pull = pull
@@ -66,8 +67,6 @@ class Link:
         self._messages: deque[bytes] = deque()
         self._writing: list[memoryview] = []
         self._departure: Departure | None = None
-        self._seal: Callable[[bytes], Seal] | None = None
-        """Comes after `_writing`."""
         self._native = library() if type(sock) is socket.socket else None
         self._written_transfer: TransferId | None = None
         """Whose pool blocks `_writing` or `_departure` still points into."""
@@ -119,6 +118,12 @@ class Link:
         """Queue a message; it goes out before any further data."""
         self._messages.append(encode_frame(message, self._tagger))
 
+    def _take_messages(self) -> bytes:
+        """All that are queued."""
+        messages = b"".join(self._messages)
+        self._messages.clear()
+        return messages
+
     @property
     def hashes(self) -> bool:
         """Can it make the digest of a payload while that goes out?"""
@@ -164,34 +169,40 @@ class Link:
         sent = departure.send(self._sock.fileno())
         if not departure.bytes_left:
             self._departure = None
-            if departure.digest is not None and self._seal is not None:
-                self.post(self._seal(departure.digest.result()))
         return sent
 
     def _next_frames(self) -> int:
         """Fill `_writing` or `_departure`; returns the bytes that move outside the stream."""
         self._written_transfer = None
-        if self._messages:
-            self._writing.append(memoryview(b"".join(self._messages)))
-            self._messages.clear()
-            return 0
-        frame = self._pull()
+        messages = self._take_messages()
+        frame = self._pull(bool(messages))
         if frame is None:
+            if messages:
+                self._writing = [memoryview(messages)]
             return 0
         self._written_transfer = frame.message.transfer_id
         payload = frame.payload
         if isinstance(payload, Extents):
-            head = encode_frame(frame.message, self._tagger, payload.num_bytes)
+            head = messages + encode_frame(frame.message, self._tagger, payload.num_bytes)
             if self._native is not None:
-                self._seal = frame.seal
-                digest = None if frame.seal is None else Digest(payload)
-                self._departure = Departure(self._native, head, payload, digest)
+                self._departure = Departure(self._native, head, payload, self._seal_with(frame.seal))
                 return 0
             payload = payload.views()
         else:
-            head = encode_frame(frame.message, self._tagger, sum(len(view) for view in payload))
+            head = messages + encode_frame(frame.message, self._tagger, sum(len(view) for view in payload))
         self._writing = [memoryview(head), *payload]
         return 0 if payload else frame.num_bytes
+
+    def _seal_with(self, seal: Callable[[bytes], Seal] | None) -> Callable[[bytes], bytes] | None:
+        """What goes right behind a payload, out of its digest."""
+        if seal is None:
+            return None
+
+        def trailer(digest: bytes) -> bytes:
+            self.post(seal(digest))
+            return self._take_messages()  # in the order of their tags
+
+        return trailer
 
     # In.
 

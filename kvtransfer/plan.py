@@ -29,10 +29,10 @@ from baton.errors import LayoutMismatch
 from baton.kv_layout import UNIT_TOKENS, KVLayout, ModelKV, kv_head_range
 
 FRAME_BYTES: Final = 16 * 1024 * 1024
-"""Most payload bytes of one frame on a stream, unless a single unit is larger."""
+"""Most payload bytes of one frame on a stream or in shared memory, unless a single unit is larger."""
 
 FETCHED_FRAME_BYTES: Final = 4 * 1024 * 1024
-"""The same where the receiver fetches the bytes."""
+"""The same where a device or NIXL fetches the bytes."""
 
 HASH_BYTES: Final = 256 * 1024
 """Where there is no native code, bytes are copied and hashed in pieces that stay in a core's own cache in between."""
@@ -112,6 +112,15 @@ class TableRuns:
         self._block_table = np.array(block_table, np.int64)
         self._first_block = first_block
         self._cache: dict[tuple[int, int, int], Runs] = {}
+        self._prepared: tuple[int, int, list[Part]] = (0, 0, [])
+        """Tokens [first, end), and where they lie in all layers."""
+
+    def parts(self, layers: range, first_token: int, end_token: int) -> list[Part]:
+        """The bytes of tokens [first_token, end_token) of neighbouring layers."""
+        first, end, parts = self._prepared
+        if (first, end) != (first_token, end_token):
+            return [(layer, self.runs(layer, first_token, end_token)) for layer in layers]
+        return parts[layers.start : layers.stop]
 
     def runs(self, layer: int, first_token: int, end_token: int) -> Runs:
         """The bytes of tokens [first_token, end_token) of `layer` in canonical order, neighbours melted together."""
@@ -127,8 +136,8 @@ class TableRuns:
     def prepare(self, first_token: int, end_token: int) -> None:
         """Compute the range that will probably be asked for, while there is time."""
         if first_token < end_token:
-            for layer in range(len(self._sides)):
-                self.runs(layer, first_token, end_token)
+            layers = range(len(self._sides))
+            self._prepared = first_token, end_token, self.parts(layers, first_token, end_token)
 
     def _compute(self, side: LayerSide, first_token: int, end_token: int) -> Runs:
         head_bytes = side.block_size * side.token_bytes

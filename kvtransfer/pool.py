@@ -26,6 +26,8 @@ _MAX_SHORT_BYTES: Final = 240
 """xxh3 treats so few bytes in other ways; native code knows only the longer inputs."""
 
 Bytes: TypeAlias = npt.NDArray[np.uint8]
+Addresses: TypeAlias = npt.NDArray[np.uint64]
+"""Of the first byte of each layer."""
 Pieces: TypeAlias = npt.NDArray[np.uint64]
 """[num_pieces, 2]: (address, length in bytes), in order."""
 
@@ -87,7 +89,7 @@ class DevicePool:
         if num_bytes < layout.pool_bytes:
             raise ValueError(f"the pool needs {layout.pool_bytes} bytes, the device memory has {num_bytes}")
         layers = range(len(layout.model.layers))
-        self._bases = np.array([(address + layout.layer_offset(layer), 0) for layer in layers], np.uint64)
+        self._bases = np.array([address + layout.layer_offset(layer) for layer in layers], np.uint64)
         self._sizes = [layout.block_bytes(layer) * layout.geometry.num_blocks for layer in layers]
 
     def pieces(self, parts: Sequence[Part]) -> Pieces:
@@ -198,15 +200,18 @@ def data_digest(context: bytes, frame: Data, extents: Extents) -> bytes:
     return seal(context, frame, digest.result())
 
 
-def _pieces(bases: Pieces, parts: Sequence[Part]) -> Pieces:
-    runs = parts[0][1]
-    if all(part[1] is runs for part in parts):
-        return (runs + bases[[layer for layer, _ in parts]][:, None]).reshape(-1, 2)
-    return np.concatenate([runs + bases[layer] for layer, runs in parts])
+def _pieces(bases: Addresses, parts: Sequence[Part]) -> Pieces:
+    first, runs = parts[0]
+    if all(part[1] is runs and part[0] == layer for layer, part in enumerate(parts, first)):
+        pieces = np.empty((len(parts), len(runs), 2), np.uint64)
+        np.add(bases[first : first + len(parts), None], runs[:, 0], out=pieces[:, :, 0])
+        pieces[:, :, 1] = runs[:, 1]
+        return pieces.reshape(-1, 2)
+    return np.concatenate([runs + np.array((bases[layer], 0), np.uint64) for layer, runs in parts])
 
 
-def _bases(layers: Sequence[memoryview]) -> Pieces:
-    return np.array([(address_of(np.frombuffer(view, np.uint8)), 0) for view in layers], np.uint64)
+def _bases(layers: Sequence[memoryview]) -> Addresses:
+    return np.array([address_of(np.frombuffer(view, np.uint8)) for view in layers], np.uint64)
 
 
 def address_of(array: npt.NDArray[np.generic]) -> int:

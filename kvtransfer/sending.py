@@ -159,14 +159,16 @@ class SendSide:
             if link.plan is not None:
                 self._begin_lane(transfer, key, lane, link.plan)
 
-    def written(self, transfer_id: TransferId, layer: int, num_tokens: int) -> None:
-        """KV of `layer` for tokens [0, num_tokens) is in the pool."""
+    def written(self, transfer_id: TransferId, layer: int | None, num_tokens: int) -> None:
+        """KV of `layer` (None: of every layer) for tokens [0, num_tokens) is in the pool."""
         transfer = self._transfers.get(transfer_id)
-        if transfer is None or transfer.state is SendState.STOPPING or num_tokens <= transfer.written[layer]:
+        if transfer is None or transfer.state is SendState.STOPPING:
             return
-        transfer.written[layer] = min(num_tokens, transfer.request.num_tokens)
+        layers = range(len(transfer.written)) if layer is None else (layer,)
+        for number in layers:
+            transfer.written[number] = max(transfer.written[number], min(num_tokens, transfer.request.num_tokens))
         for key, lane in transfer.lanes.items():
-            self._mark_ready(transfer, key, lane, (layer,))
+            self._mark_ready(transfer, key, lane, layers)
 
     def finish(self, transfer_id: TransferId, manifest: bytes) -> None:
         """Leader: hand the manifest over, once room is granted."""
@@ -271,16 +273,16 @@ class SendSide:
         link = self._links.get(key)
         return link is not None and bool(link.queue)
 
-    def next_data(self, key: LinkKey, *, name_blocks: bool) -> Outgoing | None:
+    def next_data(self, key: LinkKey, max_bytes: int, *, name_blocks: bool) -> Outgoing | None:
         """The next frame for the link, transfers taking turns. It counts as sent.
 
-        `name_blocks`: the receiver fetches the bytes itself and is told the source blocks.
+        `max_bytes` of payload, but at least one unit. `name_blocks`: the receiver fetches the bytes itself and is told the source blocks.
         """
         link = self._links.get(key)
         while link is not None and link.queue:
             transfer_id = link.queue.popleft()
             transfer, lane = self._transfers[transfer_id], link.lanes[transfer_id]
-            outgoing = lane.next_frame(transfer_id, transfer.sendable, name_blocks=name_blocks)
+            outgoing = lane.next_frame(transfer_id, transfer.sendable, max_bytes, name_blocks=name_blocks)
             lane.is_queued = outgoing is not None and lane.has_ready
             if lane.is_queued:
                 link.queue.append(transfer_id)

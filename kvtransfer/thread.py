@@ -96,7 +96,7 @@ class TransferThread:
         self._next_tick_s = self._now
         self._switchboard = Switchboard(config, pool_fd, listeners, self._selector, self, self._now, agent, exposed)
         self._unpublished: list[TransferEvent] = []
-        self._unready: deque[tuple[Ready, TransferId, int, int]] = deque()
+        self._unready: deque[tuple[Ready, TransferId, int | None, int]] = deque()
         """What `written` said of bytes that a device may still be writing, in order."""
         self._stopping: list[tuple[SendSide | ReceiveSide, TransferId]] = []
         """Transfers that are over but for work of a device on their blocks."""
@@ -142,8 +142,8 @@ class TransferThread:
         except LayoutMismatch as error:
             self._tell_link(LinkReport(peer.worker_id, peer.incarnation, -1, "", f"layout: {error.message}"))
 
-    def written(self, transfer_id: TransferId, layer: int, num_tokens: int, ready: Ready | None) -> None:
-        """KV of `layer` for tokens [0, num_tokens) is in the pool, once `ready` has fired."""
+    def written(self, transfer_id: TransferId, layer: int | None, num_tokens: int, ready: Ready | None) -> None:
+        """KV of `layer` (None: of every layer) for tokens [0, num_tokens) is in the pool, once `ready` has fired."""
         if ready is None:
             self.send.written(transfer_id, layer, num_tokens)
         else:
@@ -429,13 +429,14 @@ class TransferThread:
         arrival.seal(message.digest)
         self._arrived(connection, arrival)
 
-    def pull(self, connection: Connection) -> OutgoingFrame | None:
-        """The next data frame of a link, or the seal of an earlier one."""
+    def pull(self, connection: Connection, is_hurried: bool) -> OutgoingFrame | None:
+        """The next data frame of a link, or the seal of an earlier one, which is not made if `is_hurried`."""
         if connection.role is not Role.SENDER:
             return None
-        outgoing = self.send.next_data(connection.key, name_blocks=connection.is_fetched)
+        is_fetched = connection.is_fetched
+        outgoing = self.send.next_data(connection.key, connection.frame_bytes, name_blocks=is_fetched)
         if outgoing is None:
-            return self._next_seal(connection)
+            return None if is_hurried else self._next_seal(connection)
         session = connection.session
         assert session is not None
         frame = outgoing.frame

@@ -59,9 +59,8 @@ class Follower:
                 self._transfers.open_send(
                     SendRequest(TransferId(transfer_id), codec.unpack_peer(peer), num_tokens, tuple(block_table))
                 )
-            case ["written", transfer_id, num_layers, num_tokens]:
-                for layer in range(num_layers):
-                    self._transfers.written(TransferId(transfer_id), layer, num_tokens)
+            case ["written", transfer_id, num_tokens]:
+                self._transfers.written(TransferId(transfer_id), None, num_tokens)
             case ["close_send", attempt_id, transfer_id]:
                 self._hook.close(AttemptId(attempt_id))
                 self._transfers.close_send(TransferId(transfer_id))

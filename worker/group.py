@@ -50,11 +50,10 @@ class Group:
         self._hook.open(attempt_id, request.transfer_id)
         self._transfers.open_send(request)
 
-    def written(self, transfer_id: TransferId, num_layers: int, num_tokens: int) -> None:
+    def written(self, transfer_id: TransferId, num_tokens: int) -> None:
         """KV that earlier steps wrote, for a transfer that was opened after them."""
-        self.tell("written", transfer_id, num_layers, num_tokens)
-        for layer in range(num_layers):
-            self._transfers.written(transfer_id, layer, num_tokens, self._hook.last_ready)
+        self.tell("written", transfer_id, num_tokens)
+        self._transfers.written(transfer_id, None, num_tokens, self._hook.last_ready)
 
     def finish(self, transfer_id: TransferId, manifest: bytes) -> None:
         """All tokens are computed; only the leaders speak of it."""

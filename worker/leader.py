@@ -44,7 +44,6 @@ class Leader:
         clock: Clock,
         *,
         tp_size: int,
-        num_layers: int,
     ) -> None:
         self._engine = engine
         self._transfers = transfers
@@ -54,7 +53,7 @@ class Leader:
         self._role = role
         self._clock = clock
         self._outbox = Outbox(front)
-        self._sending = SendingSide(engine, group, self._outbox, clock, tp_size, num_layers, role.hold_s)
+        self._sending = SendingSide(engine, group, self._outbox, clock, tp_size, role.hold_s)
         self._receiving = ReceivingSide(
             engine,
             group,

@@ -180,7 +180,6 @@ def _lead(
         role,
         clock,
         tp_size=spec.tp_size,
-        num_layers=len(layout.model.layers),
     )
     runner.before_step = leader.before_step
     hook.on_layer = leader.on_layer

@@ -68,15 +68,12 @@ class Sending:
 class SendingSide:
     """All hand-overs that this worker gives. Engine thread of the leader only."""
 
-    def __init__(
-        self, engine: Engine, group: Group, outbox: Outbox, clock: Clock, tp_size: int, num_layers: int, hold_s: float
-    ) -> None:
+    def __init__(self, engine: Engine, group: Group, outbox: Outbox, clock: Clock, tp_size: int, hold_s: float) -> None:
         self._engine = engine
         self._group = group
         self._outbox = outbox
         self._clock = clock
         self._tp_size = tp_size
-        self._num_layers = num_layers
         self._hold_s = hold_s
         self._by_attempt: dict[AttemptId, Sending] = {}
         self._by_transfer: dict[TransferId, Sending] = {}
@@ -135,7 +132,7 @@ class SendingSide:
         sending.peer = peer
         self._open(sending, self._engine.block_table(attempt_id))
         if sending.num_written:
-            self._group.written(sending.transfer_id, self._num_layers, sending.num_written)
+            self._group.written(sending.transfer_id, sending.num_written)
         if sending.first is not None:
             self._finish(sending)
 

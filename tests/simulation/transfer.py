@@ -165,11 +165,11 @@ class SimTransferThread(TransferThread):
         """Those that are open."""
         return iter(list(self._switchboard.connections))
 
-    def pull(self, connection: Connection) -> OutgoingFrame | None:
+    def pull(self, connection: Connection, is_hurried: bool) -> OutgoingFrame | None:
         """As production; the watcher sees what a digest was made over."""
         self._watcher.preempt()
         self._watcher.before_digest()
-        outgoing = super().pull(connection)
+        outgoing = super().pull(connection, is_hurried)
         if outgoing is not None:
             self._watcher.digested(outgoing.message)
         return outgoing

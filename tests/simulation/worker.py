@@ -407,7 +407,6 @@ class SimWorker:
             RolePolicy(shape.role, accepts_transfers=shape.role != "prefill", hold_s=world.hold_s),
             scheduler,
             tp_size=shape.tp_size,
-            num_layers=len(world.model.layers),
         )
         runner.before_step = self.leader.before_step
         first.hook.on_layer = self.leader.on_layer

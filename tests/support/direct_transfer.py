@@ -85,14 +85,16 @@ class DirectEndpoint:
         event = ReserveRequested(request.transfer_id, self.worker_id, request.num_tokens, request.reserve_payload)
         self._send(request.transfer_id, lambda: destination.events.append(event))
 
-    def written(self, transfer_id: TransferId, layer: int, num_tokens: int, ready: Ready | None = None) -> None:
+    def written(self, transfer_id: TransferId, layer: int | None, num_tokens: int, ready: Ready | None = None) -> None:
         self._announced.append((transfer_id, layer, num_tokens, ready))
         self._copy_what_is_ready()
 
     def _copy_what_is_ready(self) -> None:
         while self._announced and (self._announced[0][3] is None or self._announced[0][3].query()):
             transfer_id, layer, num_tokens, _ = self._announced.popleft()
-            self.network.transfers[transfer_id].written[layer] = num_tokens
+            written = self.network.transfers[transfer_id].written
+            for number in range(len(self.runner.layout.model.layers)) if layer is None else (layer,):
+                written[number] = num_tokens
             self._copy_if_possible(transfer_id)
 
     def finish(self, transfer_id: TransferId, manifest: bytes) -> None:

@@ -200,7 +200,6 @@ class TinyWorker:
             RolePolicy("mixed", accepts_transfers=True),
             clock,
             tp_size=1,
-            num_layers=NUM_LAYERS,
         )
         runner.before_step = self._leader.before_step
         hook.on_layer = self._leader.on_layer

@@ -23,7 +23,7 @@ from kvtransfer.api import (
 )
 from kvtransfer.auth import LinkKey
 from kvtransfer.messages import Data, Message, TransferMessage
-from kvtransfer.plan import plan_copies
+from kvtransfer.plan import FRAME_BYTES, plan_copies
 from kvtransfer.pool import Extents, Pool, copy, data_digest
 from kvtransfer.protocol import CloseLink, Connect, DataReady, Emit, Send, StopIO
 from kvtransfer.receiving import ReceiveSide
@@ -201,7 +201,7 @@ class Wire:
     def _pull(self, link: WireLink) -> None:
         source, destination = self.sources[link.source_rank], self.destinations[link.destination_rank]
         assert isinstance(source.side, SendSide)
-        outgoing = source.side.next_data(destination.key, name_blocks=self.is_fetched)
+        outgoing = source.side.next_data(destination.key, FRAME_BYTES, name_blocks=self.is_fetched)
         if outgoing is None:
             return
         extents = Extents(source.pool, outgoing.parts, outgoing.num_bytes)

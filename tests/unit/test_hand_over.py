@@ -83,7 +83,6 @@ class Worker:
             RolePolicy(name, accepts_transfers=True),
             clock,
             tp_size=1,
-            num_layers=len(self.runner.layout.model.layers),
         )
         runner.before_step = self.leader.before_step
 
@@ -249,8 +248,8 @@ def test_kv_of_earlier_steps_is_announced_with_the_event_of_the_last_one() -> No
     endpoint, ready = Endpoint(), Fired()
     hook = TransferHook(endpoint)  # type: ignore[arg-type]
     hook.layer_done(0, ready)
-    Group(None, "", 1, endpoint, hook).written(TransferId(b"x"), 2, 32)  # type: ignore[arg-type]
-    assert endpoint.calls == [(b"x", 0, 32, ready), (b"x", 1, 32, ready)]
+    Group(None, "", 1, endpoint, hook).written(TransferId(b"x"), 32)  # type: ignore[arg-type]
+    assert endpoint.calls == [(b"x", None, 32, ready)]
 
 
 def test_parked_kv_is_given_up_when_no_router_asks_for_it() -> None:

@@ -147,6 +147,19 @@ def test_without_a_word_from_the_peer_every_state_ends_within_the_lease(stage: s
     assert send_side(wire).num_open == receive_side(wire).num_open == 0
 
 
+def test_layers_that_are_written_together_travel_in_one_frame() -> None:
+    wire = make_wire(window_bytes=2**20)
+    run_to(wire, "granted")
+    side, key = send_side(wire), wire.destinations[0].key
+    side.written(ID, None, 32)
+    side.written(ID, None, 16)  # nothing is taken back
+    outgoing = side.next_data(key, 2**20, name_blocks=False)
+    assert outgoing is not None
+    assert [layer for layer, _ in outgoing.parts] == [0, 1, 2]
+    assert (outgoing.frame.first_unit, outgoing.frame.num_units) == (0, 32 // UNIT_TOKENS)
+    assert side.next_data(key, 2**20, name_blocks=False) is None
+
+
 def test_heartbeats_keep_a_granted_transfer_alive_while_the_prompt_is_computed() -> None:
     wire = make_wire(2, 2)
     run_to(wire, "granted")

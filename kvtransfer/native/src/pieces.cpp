@@ -80,7 +80,7 @@ void hash_piece(const uint8_t* data, size_t num_bytes, const uint8_t* next, xxh3
 
 }  // namespace
 
-API int32_t baton_pieces_abi() { return 3; }
+API int32_t baton_pieces_abi() { return 4; }
 
 API uint64_t baton_digest_bytes() { return sizeof(xxh3::Digest); }
 
@@ -117,18 +117,20 @@ API void baton_copy(const iovec* to, const iovec* from, uint64_t num_bytes, xxh3
 
 // Sends the next `num_bytes` of the pieces on a non-blocking socket until it is full; how many were sent, or -errno if
 // none. `digest`, if any, is fed with each part right before it goes; `*num_hashed` bytes after the cursor are in it.
+// With a digest the last part stays unsent once it is hashed: the caller may put the digest behind it.
 API int64_t baton_send(int32_t fd, const iovec* pieces, Cursor* cursor, uint64_t num_bytes, xxh3::Digest* digest,
                        uint64_t* num_hashed) {
     uint64_t done = 0;
     iovec batch[MAX_IOV];
     while (done < num_bytes) {
-        const uint64_t part = least(num_bytes - done, HASH_BYTES);
+        const uint64_t rest = num_bytes - done, part = rest < HASH_BYTES + HASH_BYTES / 2 ? rest : HASH_BYTES;
         if (digest && *num_hashed < part) {
             Cursor walk = *cursor;
             advance(pieces, walk, *num_hashed);
             baton_digest_take(digest, pieces, &walk, part - *num_hashed);
             *num_hashed = part;
         }
+        if (digest && *num_hashed >= rest) return static_cast<int64_t>(done);
         msghdr message{};
         message.msg_iov = batch;
         message.msg_iovlen = static_cast<size_t>(gather(pieces, *cursor, part, batch));

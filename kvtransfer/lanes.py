@@ -12,7 +12,7 @@ from typing import Final, NamedTuple
 
 from baton.kv_layout import UNIT_TOKENS
 from kvtransfer.api import TransferId
-from kvtransfer.messages import NO_DIGEST, Data
+from kvtransfer.messages import MAX_NAMED_BLOCKS, NO_DIGEST, Data
 from kvtransfer.plan import CopyPlan, Part, TableRuns
 
 _MAX_CACHED_SOURCES: Final = 16
@@ -114,6 +114,9 @@ class SendLane:
         layer = next(iter(self._ready))
         first, limit = self._sent_tokens[layer], sendable(layer)
         end = plan.frame_end(layer, first, limit, max_bytes)
+        if name_blocks:
+            block_size = plan.source.geometry.block_size
+            end = min(end, (first // block_size + MAX_NAMED_BLOCKS) * block_size)
         num_bytes = plan.num_bytes(layer, end - first)
         num_layers = 1
         while end == limit:  # neighbouring layers that are ready to the same token travel in one frame

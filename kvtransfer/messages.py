@@ -24,6 +24,8 @@ MAX_NAMED_TRANSFERS: Final = 2048
 """Most transfers that one link may have open at a time, hence named by one heartbeat."""
 SMALL_BODY_BYTES: Final = 64 * 1024
 """Limit of every body but those that carry a payload of the caller (Reserve, Manifest)."""
+MAX_NAMED_BLOCKS: Final = (SMALL_BODY_BYTES - 128) // 4
+"""Most blocks that one Data frame may name; its other fields take less than 128 bytes."""
 UNAUTHENTICATED_BODY_BYTES: Final = 8 * 1024
 
 

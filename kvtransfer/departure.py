@@ -18,10 +18,14 @@ class Departure:
     def __init__(
         self, native: Library, head: bytes, extents: Extents, trailer: Callable[[bytes], bytes] | None
     ) -> None:
-        """`head` comes first. `trailer` makes what comes last out of the digest of the bytes; None: nothing does."""
+        """`head` comes first. `trailer` makes what comes last out of the digest of the bytes; None: nothing does.
+
+        A digest must be native: there are more than 240 bytes.
+        """
         self._native = native
         self._trailer = trailer
         self._digest = None if trailer is None else Digest(extents)
+        assert self._digest is None or self._digest.state is not None, "few bytes have no native digest"
         self._num_hashed = ctypes.c_uint64(len(head))  # the head is in no digest
         self._ends: list[Bytes] = [np.frombuffer(head, np.uint8)]
         self._pieces = np.concatenate([_piece(self._ends[0]), extents.pieces])
@@ -32,7 +36,7 @@ class Departure:
         """Send until the socket is full or all is sent; how many bytes.
 
         Raises:
-            OSError: BlockingIOError if the socket is full; or the connection broke.
+            OSError: BlockingIOError if the socket is full and took nothing; or the connection broke.
         """
         sent = 0
         if self._digest is not None:

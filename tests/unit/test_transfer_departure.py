@@ -54,3 +54,22 @@ def test_head_bytes_and_trailer_arrive_in_order(num_pieces: int, head_bytes: int
     assert came == head + payload + (b"trailer" if is_sealed else b"")
     assert sent == len(came)
     assert digests == ([xxhash.xxh3_128_digest(payload)] if is_sealed else [])
+
+
+@pytest.mark.parametrize("num_pieces", [1, 32])
+def test_the_last_part_and_the_trailer_go_out_in_one_write(num_pieces: int) -> None:
+    """Each write to a socket of packets is a packet of its own."""
+    native = library()
+    if native is None:
+        pytest.skip("no C++ compiler")
+    payload = np.random.default_rng(num_pieces).integers(0, 256, num_pieces * PIECE, np.uint8)
+    starts = np.arange(num_pieces, dtype=np.uint64) * np.uint64(PIECE)
+    runs = np.stack([starts, np.full(num_pieces, PIECE, np.uint64)], axis=1)
+    extents = Extents(Pool.flat(memoryview(payload)), [(0, runs)], len(payload))
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        departure = Departure(native, b"head", extents, lambda digest: b"trailer " + digest)
+        departure.send(ours.fileno())
+        ours.shutdown(socket.SHUT_WR)
+        packets = list(iter(lambda: theirs.recv(1 << 20), b""))
+    assert packets == [b"head" + payload.tobytes() + b"trailer " + xxhash.xxh3_128_digest(payload)]

@@ -1,0 +1,135 @@
+"""One link to another over a real socket, natively: what is being sent may lose its pool at any moment."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import xxhash
+
+from kvtransfer.api import TransferId
+from kvtransfer.frames import Sink
+from kvtransfer.link import Link, OutgoingFrame
+from kvtransfer.messages import NO_DIGEST, Complete, Data, Manifest, Message, Seal
+from kvtransfer.native.library import library
+from kvtransfer.plan import HASH_BYTES
+from kvtransfer.pool import Extents, Pool
+
+ID = TransferId(bytes(16))
+KEYS = b"a" * 32, b"b" * 32
+PIECE = 4096
+NUM_PIECES = 3 * HASH_BYTES // PIECE
+FRAME = Data(ID, 0, 0, 0, 1, 0, NUM_PIECES, NO_DIGEST, b"")
+MANIFEST = Manifest(ID, bytes(100_000))
+"""Larger than the socket's buffer, and goes out together with the seal."""
+
+
+class Ends:
+    """A sender that has one frame and a receiver that keeps what comes. The socket between them takes small bites."""
+
+    def __init__(self) -> None:
+        rng = np.random.default_rng(7)
+        self.memory = rng.integers(0, 256, 2 * NUM_PIECES * PIECE, np.uint8)
+        starts = rng.permutation(2 * NUM_PIECES)[:NUM_PIECES].astype(np.uint64) * np.uint64(PIECE)
+        runs = np.stack([starts, np.full(NUM_PIECES, PIECE, np.uint64)], axis=1)
+        self._extents = Extents(Pool.flat(memoryview(self.memory)), [(0, runs)], NUM_PIECES * PIECE)
+        self.payload = b"".join(bytes(view) for view in self._extents.views())
+        self.is_sealed = False
+        self.came: list[Message] = []
+        self.landed_bytes = 0
+        self._landing = bytearray(len(self.payload))
+        self._has_pulled = False
+        ours, theirs = socket.socketpair()
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 20_000)
+        self.sender = Link(ours, lambda message, num_bytes: None, self.came.append, self._pull, 2**20)
+        self.sender.open(*KEYS, 0)
+        self.receiver = Link(theirs, self._begin, self.came.append, lambda is_hurried: None, 2**20)
+        self.receiver.open(*KEYS[::-1], len(self.payload))
+
+    def _pull(self, is_hurried: bool) -> OutgoingFrame | None:
+        if self._has_pulled:
+            return None
+        self._has_pulled = True
+        return OutgoingFrame(FRAME, self._extents, len(self.payload), self._seal)
+
+    def _seal(self, digest: bytes) -> Seal:
+        self.is_sealed = True
+        return Seal(*seal_of(digest))
+
+    def _begin(self, message: Message, payload_bytes: int) -> Sink | None:
+        assert payload_bytes in (0, len(self.payload))
+        return self if payload_bytes else None
+
+    def views(self) -> list[memoryview]:
+        """As a Sink."""
+        return [memoryview(self._landing)]
+
+    def landed(self, num_bytes: int) -> None:
+        """As a Sink."""
+        self.landed_bytes += num_bytes
+
+    is_native = False
+
+    def receive(self, fd: int, num_bytes: int) -> int:
+        """As a Sink."""
+        raise NotImplementedError
+
+    def turn(self) -> bool:
+        """Send until the socket is full and receive all of it; is there more?"""
+        self.sender.write()
+        self.receiver.read()
+        return self.sender.wants_write
+
+    def finish(self) -> None:
+        """Send and receive the rest."""
+        while self.turn():
+            pass
+        assert self.landed_bytes == len(self.payload)
+        assert self._landing == self.payload
+
+    def close(self) -> None:
+        """Close both."""
+        self.sender.close()
+        self.receiver.close()
+
+
+def seal_of(digest: bytes) -> Seal:
+    """Of the frame."""
+    return Seal(ID, FRAME.first_layer, FRAME.num_layers, FRAME.first_unit, FRAME.num_units, digest)
+
+
+@pytest.fixture
+def ends() -> Iterator[Ends]:
+    if library() is None:
+        pytest.skip("no C++ compiler")
+    made = Ends()
+    yield made
+    made.close()
+
+
+def test_a_message_of_the_meantime_goes_between_a_frame_and_its_seal(ends: Ends) -> None:
+    assert ends.turn()
+    ends.sender.post(MANIFEST)
+    ends.finish()
+    assert ends.came == [FRAME, MANIFEST, seal_of(xxhash.xxh3_128_digest(ends.payload))]
+
+
+@pytest.mark.parametrize("moment", ["some is to be hashed", "some is to be sent", "its seal is to be sent"])
+def test_a_frame_that_is_stopped_arrives_as_it_was_and_the_link_goes_on(ends: Ends, moment: str) -> None:
+    reached = {
+        "some is to be hashed": lambda: ends.landed_bytes and not ends.is_sealed,
+        "some is to be sent": lambda: ends.is_sealed and ends.landed_bytes < len(ends.payload),
+        "its seal is to be sent": lambda: ends.landed_bytes == len(ends.payload) and MANIFEST not in ends.came,
+    }[moment]
+    assert ends.turn()
+    ends.sender.post(MANIFEST)
+    while not reached():
+        assert ends.turn()
+    assert not ends.sender.stop_io(ID)
+    ends.memory[:] = 0
+    ends.sender.post(Complete(ID))
+    ends.finish()
+    seal = [seal_of(xxhash.xxh3_128_digest(ends.payload))] if ends.is_sealed else []
+    assert ends.came == [FRAME, MANIFEST, *seal, Complete(ID)]

@@ -430,24 +430,27 @@ class TransferThread:
         self._arrived(connection, arrival)
 
     def pull(self, connection: Connection, is_hurried: bool) -> OutgoingFrame | None:
-        """The next data frame of a link, or the seal of an earlier one, which is not made if `is_hurried`."""
+        """The next data frame of a link, or the seal of an earlier one. `is_hurried`: nothing that needs a large digest first."""
         if connection.role is not Role.SENDER:
             return None
-        is_fetched = connection.is_fetched
+        session, is_fetched = connection.session, connection.is_fetched
+        assert session is not None
+        is_hashed_on_its_way = connection.link.hashes and not is_fetched
+        can_seal_later = self._faults is None and (is_hashed_on_its_way or connection.transport == shm.NAME)
+        if is_hurried and session.verify and not can_seal_later and not isinstance(self._pool, DevicePool):
+            return None  # messages would wait for the digest
         outgoing = self.send.next_data(connection.key, connection.frame_bytes, name_blocks=is_fetched)
         if outgoing is None:
             return None if is_hurried else self._next_seal(connection)
-        session = connection.session
-        assert session is not None
         frame = outgoing.frame
         if isinstance(self._pool, DevicePool):
             return self._name_on_device(connection, outgoing)
         extents = Extents(self._pool, outgoing.parts, outgoing.num_bytes)
         seal_later: Callable[[bytes], Seal] | None = None
-        may_wait = session.verify and self._faults is None and outgoing.num_bytes >= self.late_digest_bytes
-        if may_wait and connection.transport == shm.NAME:
+        is_late = session.verify and can_seal_later and outgoing.num_bytes >= self.late_digest_bytes
+        if is_late and is_fetched:
             connection.to_seal.append((frame, extents))  # the receiver copies while the digest is made
-        elif may_wait and not connection.is_fetched and connection.link.hashes:
+        elif is_late:
             seal_later = functools.partial(_seal, session.context, frame)
         elif session.verify:
             frame = frame._replace(digest=data_digest(session.context, frame, extents))
@@ -455,7 +458,7 @@ class TransferThread:
         if self._faults is not None:
             payload = self._faults.before_send(frame, extents.views())
         self._bytes_sent += outgoing.num_bytes
-        return OutgoingFrame(frame, [] if connection.is_fetched else payload, outgoing.num_bytes, seal_later)
+        return OutgoingFrame(frame, [] if is_fetched else payload, outgoing.num_bytes, seal_later)
 
     def _name_on_device(self, connection: Connection, outgoing: Outgoing) -> OutgoingFrame:
         """A frame whose bytes the peer's device fetches, while ours makes their digest."""

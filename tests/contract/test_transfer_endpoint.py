@@ -561,6 +561,8 @@ def test_no_byte_lands_after_quiesced_although_the_sender_goes_on(lab: Lab) -> N
 def test_no_byte_is_read_after_quiesced_although_a_frame_is_under_way(lab: Lab) -> None:
     hook = BlockingHook(at_landing=2)
     source, destination = lab.worker("p", model=BIG_MODEL), lab.worker("d", model=BIG_MODEL, faults=hook)
+    reports: queue.SimpleQueue[LinkReport] = queue.SimpleQueue()
+    source.leader.endpoint.set_on_link(reports.put)
     num_tokens = 64 * 16
     table = list(range(64))
     kv = pattern(BIG_MODEL, num_tokens)
@@ -577,11 +579,50 @@ def test_no_byte_is_read_after_quiesced_although_a_frame_is_under_way(lab: Lab) 
     source.leader.expect(Quiesced, transfer_id)
     np.frombuffer(source.leader.buffer, np.uint8)[:] = 0
     hook.release.set()
-    assert not destination.leader.expect(Failed, transfer_id).integrity
+    failed = destination.leader.expect(Failed, transfer_id)
+    assert (failed.reason, failed.integrity) == ("peer: enough", False)
     # A frame under way kept its bytes; on shared memory the late reader's own copy failed, as part of the abort.
     assert destination.leader.endpoint.stats().integrity_failures == 0
     transfer_2 = open_send(source, destination, 16, [0])
     destination.leader.expect(ReserveRequested, transfer_2)
+    assert reports.get(timeout=10).transport == lab.transport
+    assert reports.empty()  # it is the same link
+
+
+@pytest.mark.parametrize("way", ["native", "packages", "faults"])
+def test_an_abort_does_not_wait_for_the_digest_of_another_transfers_frame(
+    lab: Lab, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if way == "packages":
+        for module in (arrival, link, pool):
+            monkeypatch.setattr(module, "library", lambda: None)
+    may_end, gate = threading.Event(), threading.Event()
+
+    def held_digest(context: bytes, frame: Data, extents: pool.Extents) -> bytes:
+        may_end.wait(10)
+        return data_digest(context, frame, extents)
+
+    source = lab.worker("p", model=BIG_MODEL, faults=BlockingHook() if way == "faults" else None)
+    destination = lab.worker("d", model=BIG_MODEL)
+    table, kv = [0, 1, 2, 3], pattern(BIG_MODEL, 64)
+    aborted, other = (open_send(source, destination, 64, table) for _ in range(2))
+    for transfer_id in (aborted, other):
+        destination.leader.expect(ReserveRequested, transfer_id)
+    grant(destination, aborted, [8, 9, 10, 11], 64)
+    grant(destination, other, table, 64)
+    source.leader.expect(Granted, other)
+    source.leader.turn()
+    monkeypatch.setattr(thread, "data_digest", held_digest)
+    source.leader.endpoint._thread.post(gate.wait, 10)  # so that one turn takes both commands
+    source.leader.endpoint.abort(aborted, "enough")
+    write_all(source, other, table, kv)
+    gate.set()
+    try:
+        assert destination.leader.expect(Failed, aborted, timeout_s=5).reason == "peer: enough"
+    finally:
+        may_end.set()
+    destination.leader.expect(Received, other)
+    assert_equal(destination, table, kv)
 
 
 # Faults.

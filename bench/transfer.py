@@ -1,12 +1,14 @@
 """How fast KV moves: Baton's transports against a bare copy and a bare TCP loop of the same bytes in the same run.
 
-    python -m bench.transfer [--pairs 7] [--tokens 512 2048] [--block-sizes 16 32] [--congestion reno] [--json OUT.json] [--check]
+    python -m bench.transfer [--pairs 7] [--tokens 512 2048] [--block-sizes 16 32] [--congestion reno] [--by-layer]
+                             [--json OUT.json] [--check]
 
 The 135 M Llama shape in bf16. Two processes, each pinned to a core of its own where there are two: this one receives,
 a child sends. Each round runs every arm once, in an order that turns from round to round, on the same pools, whose
 pages are all touched; medians and the spread are printed, and ratios are medians over the rounds. A round's time runs
 from the sender's first call to the moment when the receiver has the last byte in place (and verified, where the arm
-verifies); the two processes share CLOCK_MONOTONIC.
+verifies); the two processes share CLOCK_MONOTONIC. Baton's sender announces all layers in one call, as a worker does
+that redirects KV; with --by-layer in one call each, as prefill does.
 
     memcpy          the layers' bytes from the sender's mapped pool to this one, one contiguous copy per layer
     memcpy blocks   the same bytes block by block as the tables say, in one call of C
@@ -151,7 +153,9 @@ class Bench:
             endpoint.close()
 
 
-def send_arm(bench: Bench, arm: str, peers: dict[str, PeerRank], num_tokens: int, table: list[int]) -> float:
+def send_arm(
+    bench: Bench, arm: str, peers: dict[str, PeerRank], num_tokens: int, table: list[int], *, by_layer: bool
+) -> float:
     """The sender's half of one Baton round; when it began."""
     endpoint = bench.endpoints[arm]
     transfer_id = TransferId(secrets.token_bytes(16))
@@ -165,7 +169,8 @@ def send_arm(bench: Bench, arm: str, peers: dict[str, PeerRank], num_tokens: int
     endpoint._thread.post(accepted.set)  # Accept follows Grant on the same link: both are taken in one turn
     accepted.wait()
     began = time.monotonic()
-    endpoint.written(transfer_id, None, num_tokens)
+    for layer in range(len(MODEL.layers)) if by_layer else (None,):
+        endpoint.written(transfer_id, layer, num_tokens)
     endpoint.finish(transfer_id, b"")
     bench.expect(arm, {Completed})
     return began
@@ -219,7 +224,7 @@ def run_sender() -> None:
             for part in slices:
                 bare.sendall(bench.view[part])
         else:
-            began = send_arm(bench, command["do"], peers, num_tokens, command["table"])
+            began = send_arm(bench, command["do"], peers, num_tokens, command["table"], by_layer=start["by_layer"])
         answer({"began": began})
     bare.close()
     bench.close()
@@ -244,7 +249,9 @@ class Row:
 class Receiver:
     """This process: drives the child and measures."""
 
-    def __init__(self, block_size: int, num_blocks: int, congestion: str | None = None) -> None:
+    def __init__(
+        self, block_size: int, num_blocks: int, congestion: str | None = None, *, by_layer: bool = False
+    ) -> None:
         """`congestion`: for the child; this process's own is set by `control_congestion`."""
         cores = sorted(os.sched_getaffinity(0))
         has_two = len(cores) > 1
@@ -264,6 +271,7 @@ class Receiver:
         self._tell(
             core=cores[0] if has_two else None,
             congestion=congestion,
+            by_layer=by_layer,
             block_size=block_size,
             num_blocks=num_blocks,
             unix_dir=self._dir.name,
@@ -401,6 +409,7 @@ def main() -> None:
     parser.add_argument(
         "--congestion", metavar="NAME", help="of every TCP arm, the bare one too; default: the system's"
     )
+    parser.add_argument("--by-layer", action="store_true", help="announce KV layer by layer, not all layers at once")
     parser.add_argument("--json", help="write the rows here")
     parser.add_argument("--check", action="store_true", help="exit 1 where a target is missed")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
@@ -419,7 +428,8 @@ def main() -> None:
     control_congestion(arguments.congestion)
     rows: list[Row] = []
     for block_size in arguments.block_sizes:
-        receiver = Receiver(block_size, max(arguments.tokens) // block_size + 1, arguments.congestion)
+        num_blocks = max(arguments.tokens) // block_size + 1
+        receiver = Receiver(block_size, num_blocks, arguments.congestion, by_layer=arguments.by_layer)
         try:
             for num_tokens in arguments.tokens:
                 for table in arguments.tables:

@@ -55,9 +55,9 @@ def library(isa: Isa | None = None) -> Library:
         pytest.skip(f"no kernels: {error}")
 
 
-@pytest.fixture(scope="module", params=[isas()[0], Isa.PORTABLE], ids=str)
+@pytest.fixture(scope="module", params=isas(), ids=str)
 def kernels(request: pytest.FixtureRequest) -> Library:
-    """The best instruction set of this machine, and the one that every machine has."""
+    """Every instruction set of this machine."""
     return library(request.param)
 
 
@@ -112,13 +112,15 @@ def test_int8_linear_equals_the_product_of_its_quantised_operands(
     assert error(actual, x.double() @ weight.double().T) < 0.03
 
 
-def test_a_row_does_not_depend_on_how_many_rows_there_are(kernels: Library) -> None:
-    x, packed = noise(1, 300, 832, dtype=torch.bfloat16), PackedLinear(kernels, noise(2, 96, 832, dtype=torch.bfloat16))
-    pool = ThreadPool(kernels)
-    together, _ = linear(kernels, pool, x, packed)
-    for row, count in ((0, 1), (3, 5), (17, 20), (40, 64), (299, 33)):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("int8", [False, True], ids=["plain", "int8"])
+def test_a_row_does_not_depend_on_how_many_rows_there_are(kernels: Library, dtype: torch.dtype, int8: bool) -> None:
+    x = noise(1, 300, 832, dtype=dtype)
+    packed = PackedLinear(kernels, noise(2, 96, 832, dtype=dtype), noise(3, 96), int8=int8)
+    together, _ = linear(kernels, ThreadPool(kernels), x, packed)
+    for (row, count), num_threads in itertools.product(((0, 1), (3, 5), (17, 20), (40, 64), (299, 33)), (1, 3)):
         first = min(row, 300 - count)
-        alone, _ = linear(kernels, pool, x[first : first + count], packed)
+        alone, _ = linear(kernels, ThreadPool(kernels, num_threads), x[first : first + count], packed)
         assert torch.equal(alone[row - first], together[row])
 
 
@@ -210,6 +212,9 @@ ATTENTIONS = [
     (32, 32, 2, 2, 300, [(0, 600), (301, 1), (900, 2)]),
     (16, 64, 2, 3, 50, [(100, 300), (1500, 40)]),  # a window much narrower than what is computed at once
     (16, 128, 1, 2, 0, [(1000, 300)]),
+    (16, 256, 1, 2, 0, [(1000, 300), (1500, 1)]),
+    (32, 160, 1, 3, 100, [(1100, 70), (300, 1)]),
+    (16, 32, 64, 1, 0, [(200, 1)]),  # as many keys at once as there is room for
 ]
 
 
@@ -225,7 +230,7 @@ def test_attention_equals_a_float64_softmax_and_reads_only_its_own_tokens(
     window: int,
     spans: list[tuple[int, int]],
 ) -> None:
-    if kernels.isa is Isa.PORTABLE:
+    if kernels.isa is not isas()[0]:
         spans = spans[:3]
     counts = [-(-(start + num_new) // block_size) for start, num_new in spans]
     ids = torch.randperm(sum(counts), generator=torch.Generator().manual_seed(5)).tolist()
@@ -243,6 +248,35 @@ def test_attention_equals_a_float64_softmax_and_reads_only_its_own_tokens(
     assert error(actual, exact_attention(pool, query, parts, window)) < (
         1e-5 if dtype == torch.float32 else 2 * BF16_STEP
     )
+
+
+@pytest.mark.parametrize("window", [0, 50, 300])
+@pytest.mark.parametrize(("dim", "group"), [(64, 3), (128, 2)])
+def test_a_prompt_in_pieces_is_that_in_one_bit_for_bit(dim: int, group: int, window: int) -> None:
+    kernels, length = library(), 1100
+    pool = noise(1, 70, 2, 2, 16, dim, dtype=torch.bfloat16)
+    query = noise(2, length, 2 * group, dim, dtype=torch.bfloat16) * 6  # maxima rise often
+    blocks = list(range(70))
+    whole = attention(kernels, pool, query, [(0, length, blocks)], window)
+    for cuts in ((0, 7, 519, 1098, 1100), (0, 1024, 1100), (0, 511, 1026, 1100)):
+        pieces = [
+            attention(kernels, pool, query[start:end], [(start, end - start, blocks)], window)
+            for start, end in itertools.pairwise(cuts)
+        ]
+        assert torch.equal(torch.cat(pieces), whole)
+
+
+@pytest.mark.parametrize(("half", "number"), [(0, torch.nan), (1, torch.nan), (1, torch.inf)])
+def test_a_broken_key_or_value_shows_in_all_that_see_it_and_in_no_other_sequence(half: int, number: float) -> None:
+    kernels = library()
+    for at in (0, 37, 599):
+        pool = noise(1, 80, 2, 1, 16, 64, dtype=torch.bfloat16)
+        pool[at // 16, half, 0, at % 16] = number
+        query = noise(2, 1200, 2, 64, dtype=torch.bfloat16)
+        parts = [(0, 600, list(range(40))), (0, 600, list(range(40, 80)))]
+        actual = attention(kernels, pool, query, parts, 0)
+        assert not actual[at:600].isfinite().any()
+        assert actual[600:].isfinite().all()
 
 
 def test_large_scores_do_not_overflow(kernels: Library) -> None:

@@ -23,7 +23,8 @@ constexpr int kGroupKeys = 256;     // prefill: whose values are summed at once,
 constexpr int kDecodeKeys = 128;    // decode: per step of the online softmax
 constexpr int kDecodeQueries = 64;  // decode: of one work item, all its KV heads together
 constexpr int kWideQueryTiles = 12;
-constexpr int kFetchBytes = 128 << 10;  // decode: of keys, and of values, of a step that are fetched a step ahead
+constexpr int kFetchBytes = 128 << 10;  // decode: keys, or values, of a step that are fetched a step ahead
+constexpr int kAheadBytes = 16 << 10;   // decode: from what is read to what is begun
 
 // One layer's pool and the shape of its attention. `q` is [num_tokens][q_stride], head h at h * dim, rotated.
 template <class T>
@@ -50,6 +51,11 @@ struct SequencePart {
   int row, num_new, start;
   const int32_t* blocks;
   int end() const { return start + num_new; }
+};
+
+// A share of one sequence's attention that one thread computes: columns [c_begin, c_end) of KV heads [h_begin, h_end).
+struct AttentionItem {
+  int32_t seq, h_begin, h_end, c_begin, c_end;
 };
 
 struct alignas(64) AttentionScratch {
@@ -597,7 +603,7 @@ struct KeyTiles {
     const bf16* keys;  // of one head
     int head, at;      // of the item's heads; position of the first key within the step
   };
-  Tile tiles[kDecodeQueries * kDecodeKeys / 16 + 2];
+  Tile tiles[kDecodeQueries * kDecodeKeys / 16];
   int count = 0;
 
   // Keys from `key` on, kDecodeKeys or what there is before `end`.
@@ -615,16 +621,25 @@ struct KeyTiles {
     }
   }
 
-  // Into L2, while tile `i` of another list is worked on: part `part` of `parts` of a fourth of each of four tiles, a
-  // quarter of this list apart. In one run, requests to memory would hold all of the core's fill buffers (see FetchPlan).
-  // Large steps gain nothing.
+  bool is_small(int dim) const { return count * 32 * dim <= kFetchBytes; }
+
+  // Small steps into L2 while tile `i` of the phase before is worked on: part `part` of `parts` of a fourth of each of
+  // four tiles, a quarter of the list apart. In one run, requests to memory would hold all of the core's fill buffers
+  // (see FetchPlan).
   BATON_INLINE void fetch(int i, int dim, int64_t offset, int part, int parts) const {
     const int quarter = (count + 3) / 4, lines = dim / 8 / parts, first = (i % 4) * (dim / 8) + part * lines;
-    if (i / 4 >= quarter || count * 32 * dim > kFetchBytes) return;
+    if (i / 4 >= quarter || !is_small(dim)) return;
     for (int at = i / 4; at < count; at += quarter) {
       const char* from = reinterpret_cast<const char*>(tiles[at].keys + offset) + first * 64;
       for (int l = 0; l < lines; l++) prefetch_l2(from + l * 64);
     }
+  }
+
+  // Of large steps only the first lines of each tile, some tiles ahead: the hardware goes on with a page that is begun.
+  BATON_INLINE void begin(int i, int dim, int64_t offset) const {
+    if (i < 0 || i >= count || is_small(dim)) return;
+    const char* from = reinterpret_cast<const char*>(tiles[i].keys + offset);
+    for (int line = 0; line < 4; line++) prefetch_l2(from + line * 64);
   }
 };
 
@@ -632,7 +647,8 @@ struct KeyTiles {
 // most kDecodeQueries together. All heads advance together, because the heads of a block are neighbours in memory: read
 // one by one, each would end a run of pages, and the memory would wait for the core at the start of every one.
 inline void attend_token(const AttentionLayer<bf16>& layer, const SequencePart& seq, int h_begin, int h_end, int g_begin,
-                         int columns, const SequencePart* next, AttentionScratch& s) {
+                         int columns, const AttentionItem* next, const std::vector<SequencePart>& parts,
+                         AttentionScratch& s) {
   const int dim = layer.dim, group = layer.group(), bs = layer.block_size, k_tiles = dim / 32;
   const int end = seq.end(), num_heads = h_end - h_begin, num_queries = num_heads * columns;
   const float to_log2 = layer.scale * kLog2E;
@@ -643,6 +659,7 @@ inline void attend_token(const AttentionLayer<bf16>& layer, const SequencePart& 
   const int step = !is_narrow ? 16 : columns <= 1 ? 1 : columns <= 2 ? 2 : columns <= 4 ? 4 : columns <= 8 ? 8 : 16;
   const size_t tile_bytes = size_t(kTileRows) * 4 * step, query_bytes = k_tiles * tile_bytes;  // of one head
   const int64_t to_values = int64_t(layer.num_kv_heads) * bs * dim;
+  const int ahead = kAheadBytes / (kTileRows * dim * 2);  // tiles
   for (int h = 0; h < num_heads; h++) {
     pack_token_queries(layer, seq, (h_begin + h) * group + g_begin, columns, step, s.queries + h * query_bytes);
   }
@@ -663,13 +680,17 @@ inline void attend_token(const AttentionLayer<bf16>& layer, const SequencePart& 
     KeyTiles &here = lists[turn], &then = lists[turn ^ 1];
     KeyTiles::Tile* tiles = here.tiles;
     const int num_tiles = here.count;
-    tiles[num_tiles] = tiles[num_tiles + 1] = {tiles[0].keys + to_values, 0, 0};  // what is read after the last keys
     for (int i = 0; i < num_tiles; i += 2) {  // two at once: one sum must wait for itself
       const KeyTiles::Tile &one = tiles[i], &two = tiles[i + 1 < num_tiles ? i + 1 : i];
       const char* next[2];
-      for (int ahead = 0; ahead < 2; ahead++) {
-        next[ahead] = reinterpret_cast<const char*>(tiles[std::min(i + 2 + ahead, num_tiles + 1)].keys);
+      for (int j = 0; j < 2; j++) {
+        const int at = i + 2 + j;
+        next[j] = reinterpret_cast<const char*>(at < num_tiles ? tiles[at].keys : tiles[0].keys + to_values);
       }
+      here.begin(i + ahead, dim, 0);
+      here.begin(i + ahead + 1, dim, 0);
+      here.begin(i + ahead - num_tiles, dim, to_values);
+      here.begin(i + ahead + 1 - num_tiles, dim, to_values);
       const char *query_one = s.queries + one.head * query_bytes, *query_two = s.queries + two.head * query_bytes;
       _tile_zero(0);
       _tile_zero(1);
@@ -726,15 +747,17 @@ inline void attend_token(const AttentionLayer<bf16>& layer, const SequencePart& 
     if (key + kDecodeKeys < end) {
       then.list(layer, seq, h_begin, h_end, key + kDecodeKeys, end);
     } else if (next) {
-      then.list(layer, *next, h_begin, h_end, layer.first_seen(next->end()) / 16 * 16, next->end());
+      const SequencePart& other = parts[next->seq];
+      then.list(layer, other, next->h_begin, next->h_end, layer.first_seen(other.end()) / 16 * 16, other.end());
     }
     for (int i = 0; i < num_tiles; i++) {
       const KeyTiles::Tile& tile = tiles[i];
+      here.begin(i + ahead, dim, to_values);
+      then.begin(i + ahead - num_tiles, dim, 0);
       then.fetch(i, dim, 0, 0, 1);
       const int q = tile.head * columns, here = n - tile.at < 16 ? n - tile.at : 16;
-      const bf16* next = tiles[i + 1 < num_tiles ? i + 1 : i].keys + to_values;
       add_group(columns, tile.keys + to_values, dim, here, probs + q * kDecodeKeys + tile.at, kDecodeKeys,
-                out + q * dim, reinterpret_cast<const char*>(next));
+                out + q * dim, reinterpret_cast<const char*>(tiles[i + 1 < num_tiles ? i + 1 : i].keys + to_values));
     }
   }
   // Undo the order of unpacking within each run of 32 dims, divide and round.
@@ -752,11 +775,6 @@ inline void attend_token(const AttentionLayer<bf16>& layer, const SequencePart& 
   }
 }
 #endif
-
-// A share of one sequence's attention that one thread computes: columns [c_begin, c_end) of KV heads [h_begin, h_end).
-struct AttentionItem {
-  int32_t seq, h_begin, h_end, c_begin, c_end;
-};
 
 // Cut the sequences into items, at least `num_threads` where that is possible at no cost.
 template <class T>
@@ -796,9 +814,9 @@ inline void attend(const AttentionLayer<T>& layer, const std::vector<SequencePar
       return TileAttention(layer, seq, item.h_begin, item.c_begin, item.c_end, s).run();
     }
     for (int g = item.c_begin; g < item.c_end; g += 16) {
-      const bool is_decode = next && parts[next->seq].num_new == 1;
-      attend_token(layer, seq, item.h_begin, item.h_end, g, item.c_end - g < 16 ? item.c_end - g : 16,
-                   is_decode ? &parts[next->seq] : nullptr, s);
+      // What comes after this sequence's keys: the same ones for more queries, or another decode's.
+      const AttentionItem* after = g + 16 < item.c_end || !next || parts[next->seq].num_new > 1 ? nullptr : next;
+      attend_token(layer, seq, item.h_begin, item.h_end, g, item.c_end - g < 16 ? item.c_end - g : 16, after, parts, s);
     }
     return;
   }

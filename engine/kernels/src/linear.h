@@ -88,16 +88,27 @@ struct Late {
   int m, rows, panel;
 };
 
+// Not inline: in the loop over K tiles, its registers would push the loop's own out into memory. And one copy for all
+// rows: the compiler may fuse multiplications and additions in one and not in another.
+template <class Finish>
+__attribute__((noinline)) void finish_row(const Finish& finish, const Late& late, int row) {
+  finish(*late.block, late.m, row, late.panel);
+}
+template <class Finish>
+inline void finish_all(const Finish& finish, const Late& late) {
+  for (int row = 0; row < late.rows; row++) finish_row(finish, late, row);
+}
+
 #if defined(__AMX_TILE__)
 struct __attribute__((packed)) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t row_bytes[16] = {};
   uint8_t rows[16] = {};
 };
-// Tiles 0..3 accumulate and 4, 5 hold activations: `rows` rows. 6 and 7 hold weights: 16 rows.
 // As _tile_loadconfig, whose operand in GCC's header is only the first eight bytes: stores of the others may be dropped.
 BATON_INLINE void load_tile_config(const TileConfig& config) { __asm__ volatile("ldtilecfg %0" : : "m"(config)); }
 
+// Tiles 0..3 accumulate and 4, 5 hold activations: `rows` rows. 6 and 7 hold weights: 16 rows.
 inline void configure_tiles(int rows) {
   TileConfig config;
   for (int i = 0; i < 8; i++) {
@@ -119,12 +130,6 @@ constexpr bool kHasTiles = sizeof(T) < 4;
       _tile_dpbssd(c, a, b);                   \
     }                                          \
   } while (0)
-
-// Not inline: in the loop over K tiles, its registers would push the loop's own out into memory.
-template <class Finish>
-__attribute__((noinline)) void finish_row(const Finish& finish, const Late& late, int row) {
-  finish(*late.block, late.m, row, row + 1, late.panel);
-}
 
 // All of K. What is `late` is finished between the tiles, evenly.
 template <class T, bool kTwo, Prefetch kFetch, class Finish>
@@ -248,7 +253,7 @@ BATON_INLINE void compute_block(const ATiles& a, int m, int rows, const char* pa
     return;
   }
 #endif
-  if (late.rows) finish(*late.block, late.m, 0, late.rows, late.panel);
+  finish_all(finish, late);
   int i = 0;
   for (; i + 6 <= rows; i += 6) vector_rows<T, 6>(a, m + i, panel, out, i);
   for (; i + 2 <= rows; i += 2) vector_rows<T, 2>(a, m + i, panel, out, i);
@@ -256,8 +261,8 @@ BATON_INLINE void compute_block(const ATiles& a, int m, int rows, const char* pa
   (void)mode, (void)fetch;
 }
 
-// Rows [0, num_rows) times panels [panels.begin, panels.end) of `weights`. `finish(block, m, begin, end, panel)` gets the
-// accumulators of rows m + begin .. m + end - 1. It runs between the tiles of the next block: while it would run alone,
+// Rows [0, num_rows) times panels [panels.begin, panels.end) of `weights`. `finish(block, m, i, panel)` gets the
+// accumulators of row m + i, row i of the block. It runs between the tiles of the next block: while it would run alone,
 // the tile unit would stand still for a third of the time. Its stores serve another purpose: after half a microsecond
 // without any of 64 bytes, the next one (of a tile, too) takes 300 ns.
 //
@@ -291,7 +296,7 @@ inline void linear(const ATiles& a, int num_rows, const char* weights, Range pan
       }
     }
   }
-  if (late.rows) finish(*late.block, late.m, 0, late.rows, late.panel);
+  finish_all(finish, late);
 }
 
 // ---- What happens to a block ---------------------------------------------------------------------------------------
@@ -322,14 +327,10 @@ struct StoreRows {
   Scales scales;
   bool past_cache = false;
   int64_t panel_stride = kPanel;  // elements
-  void operator()(const Block& block, int m, int begin, int end, int panel) const {
-    const StoreRows f = *this;  // the stores below can not change a copy
-    Out* row = f.out + (m + begin) * f.stride + panel * f.panel_stride;
-    for (int i = begin; i < end; i++, row += f.stride) {
-      const f32x16 low = accumulated<T>(block, i, 0, m + i, panel * kPanel, f.scales);
-      const f32x16 high = accumulated<T>(block, i, 1, m + i, panel * kPanel + 16, f.scales);
-      store32(row, low, high, f.past_cache);
-    }
+  void operator()(const Block& block, int m, int i, int panel) const {
+    const f32x16 low = accumulated<T>(block, i, 0, m + i, panel * kPanel, scales);
+    const f32x16 high = accumulated<T>(block, i, 1, m + i, panel * kPanel + 16, scales);
+    store32(out + (m + i) * stride + panel * panel_stride, low, high, past_cache);
   }
 };
 
@@ -339,13 +340,11 @@ struct StoreLogits {
   float* out;
   int64_t stride;
   Scales scales;
-  void operator()(const Block& block, int m, int begin, int end, int panel) const {
-    for (int i = begin; i < end; i++) {
-      float* row = out + (m + i) * stride + panel * kPanel;
-      for (int half = 0; half < 2; half++) {
-        const f32x16 y = accumulated<T>(block, i, half, m + i, panel * kPanel + half * 16, scales);
-        store16(row + half * 16, rounded<Rounded>(y));
-      }
+  void operator()(const Block& block, int m, int i, int panel) const {
+    float* row = out + (m + i) * stride + panel * kPanel;
+    for (int half = 0; half < 2; half++) {
+      const f32x16 y = accumulated<T>(block, i, half, m + i, panel * kPanel + half * 16, scales);
+      store16(row + half * 16, rounded<Rounded>(y));
     }
   }
 };
@@ -356,14 +355,11 @@ struct AddRows {
   Out* hidden;
   int64_t stride;
   Scales scales;
-  void operator()(const Block& block, int m, int begin, int end, int panel) const {
-    const AddRows f = *this;
-    Out* row = f.hidden + (m + begin) * f.stride + panel * kPanel;
-    for (int i = begin; i < end; i++, row += f.stride) {
-      const f32x16 low = rounded<Out>(accumulated<T>(block, i, 0, m + i, panel * kPanel, f.scales));
-      const f32x16 high = rounded<Out>(accumulated<T>(block, i, 1, m + i, panel * kPanel + 16, f.scales));
-      store32(row, load16(row) + low, load16(row + 16) + high, false);
-    }
+  void operator()(const Block& block, int m, int i, int panel) const {
+    Out* row = hidden + (m + i) * stride + panel * kPanel;
+    const f32x16 low = rounded<Out>(accumulated<T>(block, i, 0, m + i, panel * kPanel, scales));
+    const f32x16 high = rounded<Out>(accumulated<T>(block, i, 1, m + i, panel * kPanel + 16, scales));
+    store32(row, load16(row) + low, load16(row + 16) + high, false);
   }
 };
 
@@ -372,13 +368,10 @@ template <class T, class Out>
 struct SiluMul {
   ATiles out;
   Scales scales;
-  void operator()(const Block& block, int m, int begin, int end, int panel) const {
-    const SiluMul f = *this;
-    for (int i = begin; i < end; i++) {
-      const f32x16 gate = rounded<Out>(accumulated<T>(block, i, 0, m + i, panel * kPanel, f.scales));
-      const f32x16 up = rounded<Out>(accumulated<T>(block, i, 1, m + i, panel * kPanel + 16, f.scales));
-      store16(f.out.at<Out>(m + i, panel * 16), rounded<Out>(silu(gate)) * up);
-    }
+  void operator()(const Block& block, int m, int i, int panel) const {
+    const f32x16 gate = rounded<Out>(accumulated<T>(block, i, 0, m + i, panel * kPanel, scales));
+    const f32x16 up = rounded<Out>(accumulated<T>(block, i, 1, m + i, panel * kPanel + 16, scales));
+    store16(out.at<Out>(m + i, panel * 16), rounded<Out>(silu(gate)) * up);
   }
 };
 
@@ -393,19 +386,17 @@ struct ArgMax {
   Best* best;  // [num_rows], of this thread
   int num_outputs;
   Scales scales;
-  void operator()(const Block& block, int m, int begin, int end, int panel) const {
+  void operator()(const Block& block, int m, int i, int panel) const {
     const i32x16 lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    Best& b = best[m + i];
     for (int half = 0; half < 2; half++) {
       const i32x16 index = lanes + (panel * kPanel + half * 16);
       const i32x16 is_real = index < num_outputs;
-      for (int i = begin; i < end; i++) {
-        Best& b = best[m + i];
-        const f32x16 y = rounded<Out>(accumulated<T>(block, i, half, m + i, panel * kPanel + half * 16, scales));
-        const i32x16 better = (y > b.value) & is_real;
-        b.is_nan |= (y != y) & is_real;
-        b.value = better ? y : b.value;
-        b.index = better ? index : b.index;
-      }
+      const f32x16 y = rounded<Out>(accumulated<T>(block, i, half, m + i, panel * kPanel + half * 16, scales));
+      const i32x16 better = (y > b.value) & is_real;
+      b.is_nan |= (y != y) & is_real;
+      b.value = better ? y : b.value;
+      b.index = better ? index : b.index;
     }
   }
 };

@@ -6,7 +6,7 @@
 
 namespace baton {
 
-// out = weight * round(x / rms(x)), `size` elements padded to a multiple of 32 with zeros in x and in weight.
+// Of `padded` elements, a multiple of 32.
 template <class T>
 BATON_INLINE float sum_of_squares(const T* x, int64_t padded) {
   f32x16 total[4] = {};  // only constants as indices: it must not go through memory
@@ -30,6 +30,7 @@ BATON_INLINE float inverse_rms(const T* x, int64_t size, int64_t padded, float e
   return 1.f / std::sqrt(sum_of_squares(x, padded) / float(size) + eps);
 }
 
+// out = weight * round(x / rms(x)), `size` elements padded to a multiple of 32 with zeros in x and in weight.
 template <class T>
 inline void rms_norm_row(const T* x, const float* weight, int64_t size, float eps, const ATiles& out, int m) {
   const int64_t padded = round_up(size, kPanel);

@@ -26,7 +26,7 @@ from tests.support.transfer import (
     kvtransfer_threads,
     make_worker,
     new_transfer_id,
-    num_open_fds,
+    open_fds,
     open_send,
     pattern,
     warm_up,
@@ -43,10 +43,10 @@ def _nothing_is_left() -> Iterator[None]:
         yield
         return
     warm_up("nixl")
-    fds = num_open_fds()
+    fds = open_fds()
     yield
     assert kvtransfer_threads() == []
-    assert num_open_fds() == fds
+    assert open_fds() <= fds
 
 
 def test_without_the_package_an_endpoint_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import importlib.util
 import mmap
 import os
@@ -268,13 +267,16 @@ def warm_up(transport: str) -> None:
         nixl.Agent("warm-up", "127.0.0.1").close()
 
 
-def num_open_fds() -> int:
-    """File descriptors of this process."""
-    count = len(os.listdir("/proc/self/fd"))
-    if count > 64:  # what earlier tests left in cycles would otherwise go at any moment
-        gc.collect()
-        count = len(os.listdir("/proc/self/fd"))
-    return count
+def open_fds() -> frozenset[str]:
+    """File descriptors of this process, with what each is open on.
+
+    What is open after a test must be a subset of what was open before: garbage of earlier tests may go at any moment.
+    """
+    found = set()
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # the listing's own
+            found.add(f"{fd} {os.readlink(f'/proc/self/fd/{fd}')}")
+    return frozenset(found)
 
 
 def kvtransfer_threads() -> list[str]:

@@ -97,30 +97,7 @@ class NativeRunner:
             KernelsUnavailable: the fast backend was asked for and can not run here.
             ValueError: an argument is out of its range.
         """
-        for name, value, possible in (
-            ("backend", backend, BACKENDS),
-            ("quantization", quantization, QUANTIZATIONS),
-            ("kv_dtype", kv_dtype, KV_DTYPES),
-        ):
-            if value not in possible:
-                raise ValueError(f"{name} must be one of {possible}, not {value!r}")
-        kind, _, ordinal = device.partition(":")
-        if kind not in ("cpu", "cuda") or not (ordinal or "0").isdecimal():
-            raise ValueError(f"device must be cpu, cuda or cuda:N, not {device!r}")
-        is_cuda, is_fp8 = kind == "cuda" or cuda_device is not None, "fp8" in (kv_dtype, quantization)
-        if quantization == "int8" and is_cuda:
-            raise ValueError("quantization int8 is computed on the CPU only, not on cuda")
-        if is_fp8 and (not is_cuda or backend == "reference"):
-            name = "kv_dtype" if kv_dtype == "fp8" else "quantization"
-            raise ValueError(f"{name} fp8 is computed by the CUDA kernels only, not on the CPU")
-        if kind == "cuda":
-            from engine.cuda.device import CudaDevice
-
-            cuda_device = cuda_device or CudaDevice(int(ordinal or 0))
-        if prompt_attention != "auto" and (cuda_device is None or backend == "reference"):
-            raise ValueError(f"prompt_attention {prompt_attention} needs device cuda and its kernels")
-        if cuda_device is not None and is_fp8:
-            cuda_device.check_fp8()
+        device_here = _device(device, cuda_device, backend, quantization, kv_dtype, prompt_attention)
         if load_format not in LOAD_FORMATS:
             raise ValueError(f"load_format must be one of {LOAD_FORMATS}, not {load_format!r}")
         if num_threads is not None:
@@ -130,7 +107,7 @@ class NativeRunner:
         dtype = self.config.dtype if dtype == "auto" else dtype
         if dtype not in TORCH_DTYPES:
             raise ModelUnsupported(f"dtype must be one of {sorted(TORCH_DTYPES)}, not {dtype!r}")
-        if cuda_device is not None and quantization == "fp8" and dtype not in cuda_device.fp8_product_dtypes:
+        if device_here is not None and quantization == "fp8" and dtype not in device_here.fp8_product_dtypes:
             raise ModelUnsupported(f"quantization fp8 goes with dtype bfloat16, not {dtype}: add --dtype bfloat16")
         check_split(self.config, self._comm.size)
 
@@ -142,7 +119,7 @@ class NativeRunner:
         self.layout = _sized_layout(model, self._comm, block_size, num_blocks, kv_cache_bytes)
         shapes, optional = tensor_shapes(self.config), optional_tensors(self.config)
         is_dummy = load_format == "dummy"
-        where = None if cuda_device is None else cuda_device.torch_device
+        where = None if device_here is None else device_here.torch_device
         weights: WeightSource = (
             DummyWeights(shapes, optional, where) if is_dummy else Checkpoint(model_dir, shapes, optional)
         )
@@ -152,11 +129,23 @@ class NativeRunner:
         self._fast: FastDecoder | None = None
         self._steps: CudaSteps | None = None
         self._device_memory: DeviceMemory | None = None
-        if cuda_device is not None:
+        if device_here is None:
+            self._load_here(weights, dtype, backend, quantization, num_threads or 1, cores)
+        else:
             fp8 = quantization == "fp8"
-            self._load_on(cuda_device, weights, dtype, backend, max_num_seqs, prompt_attention, fp8=fp8)
-            self._is_closed = False
-            return
+            self._load_on(device_here, weights, dtype, backend, max_num_seqs, prompt_attention, fp8=fp8)
+        self._is_closed = False
+
+    def _load_here(
+        self,
+        weights: WeightSource,
+        dtype: str,
+        backend: str,
+        quantization: str | None,
+        num_threads: int,
+        cores: Sequence[int],
+    ) -> None:
+        """The pool and the model in this machine's memory."""
         self._pool = MemfdPool(self.layout)
         if backend != "reference" or quantization is not None:
             try:
@@ -168,19 +157,18 @@ class NativeRunner:
                     pool=self._pool,
                     layout=self.layout,
                     int8=quantization == "int8",
-                    num_threads=num_threads or 1,
+                    num_threads=num_threads,
                     cores=cores or None,
                 )
+                return
             except KernelsUnavailable as error:
                 if backend == "fast" or quantization is not None:
                     raise
                 log.warning("no fast CPU kernels; plain torch computes, slower", extra={"reason": str(error)})
-        if self._fast is None:
-            self._decoder = Decoder(
-                self.config, weights, dtype=TORCH_DTYPES[dtype], comm=self._comm, linears=TorchLinears()
-            )
-            self._attention = ReferenceAttention(self._pool, self.config.windows)
-        self._is_closed = False
+        self._decoder = Decoder(
+            self.config, weights, dtype=TORCH_DTYPES[dtype], comm=self._comm, linears=TorchLinears()
+        )
+        self._attention = ReferenceAttention(self._pool, self.config.windows)
 
     def _load_on(
         self,
@@ -413,6 +401,47 @@ def _flatten(entries: Sequence[BatchEntry]) -> tuple[Tensor, Tensor, Tensor]:
         if entry.sample is not None:
             rows.append(len(tokens) - 1)
     return tuple(torch.tensor(values, dtype=torch.int64) for values in (tokens, positions, rows))  # type: ignore[return-value]
+
+
+def _device(
+    name: str,
+    given: Device | None,
+    backend: str,
+    quantization: str | None,
+    kv_dtype: str,
+    prompt_attention: str,
+) -> Device | None:
+    """Where a runner computes, `given` or what `name` says; None: on the CPU.
+
+    Raises:
+        ValueError: an argument is out of its range, or does not go with the device.
+        CudaUnavailable: as NativeRunner says.
+    """
+    for what, value, possible in (
+        ("backend", backend, BACKENDS),
+        ("quantization", quantization, QUANTIZATIONS),
+        ("kv_dtype", kv_dtype, KV_DTYPES),
+    ):
+        if value not in possible:
+            raise ValueError(f"{what} must be one of {possible}, not {value!r}")
+    kind, _, ordinal = name.partition(":")
+    if kind not in ("cpu", "cuda") or not (ordinal or "0").isdecimal():
+        raise ValueError(f"device must be cpu, cuda or cuda:N, not {name!r}")
+    is_cuda, is_fp8 = kind == "cuda" or given is not None, "fp8" in (kv_dtype, quantization)
+    if quantization == "int8" and is_cuda:
+        raise ValueError("quantization int8 is computed on the CPU only, not on cuda")
+    if is_fp8 and (not is_cuda or backend == "reference"):
+        what = "kv_dtype" if kv_dtype == "fp8" else "quantization"
+        raise ValueError(f"{what} fp8 is computed by the CUDA kernels only, not on the CPU")
+    if kind == "cuda":
+        from engine.cuda.device import CudaDevice
+
+        given = given or CudaDevice(int(ordinal or 0))
+    if prompt_attention != "auto" and (given is None or backend == "reference"):
+        raise ValueError(f"prompt_attention {prompt_attention} needs device cuda and its kernels")
+    if given is not None and is_fp8:
+        given.check_fp8()
+    return given
 
 
 def _agreed_fingerprint(comm: Comm, model_dir: str | Path, config: ModelConfig, dtype: str, load_format: str) -> str:

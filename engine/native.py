@@ -165,8 +165,12 @@ class NativeRunner:
                 if backend == "fast" or quantization is not None:
                     raise
                 log.warning("no fast CPU kernels; plain torch computes, slower", extra={"reason": str(error)})
+        self._load_reference(weights, dtype, None)
+
+    def _load_reference(self, weights: WeightSource, dtype: str, where: torch.device | None) -> None:
+        """The model in plain torch, beside the pool; on the CPU if `where` is None."""
         self._decoder = Decoder(
-            self.config, weights, dtype=TORCH_DTYPES[dtype], comm=self._comm, linears=TorchLinears()
+            self.config, weights, dtype=TORCH_DTYPES[dtype], comm=self._comm, linears=TorchLinears(), device=where
         )
         self._attention = ReferenceAttention(self._pool, self.config.windows)
 
@@ -190,12 +194,7 @@ class NativeRunner:
         pool = self._pool = DevicePool(self.layout, device.torch_device)
         self._device_memory = pool.memory()
         if backend == "reference":
-            where = device.torch_device
-            self._decoder = Decoder(
-                self.config, weights, dtype=TORCH_DTYPES[dtype], comm=self._comm, linears=TorchLinears(), device=where
-            )
-            self._attention = ReferenceAttention(pool, self.config.windows)
-            return
+            return self._load_reference(weights, dtype, device.torch_device)
         shape = PromptShape(
             num_heads=self.config.num_heads // self._comm.size,
             num_kv_heads=pool.layer(0).shape[2],

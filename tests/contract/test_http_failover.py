@@ -99,8 +99,9 @@ def test_a_prefill_worker_may_die_before_the_first_token() -> None:
     survives(two_pairs(p0=Script(die_at=0)), 2)
 
 
-def test_both_first_choices_may_die() -> None:
-    survives(two_pairs(p0=Script(die_at=0), d0=Script(die_at=5), d1=Script(die_at=9)), 4 - 1)
+def test_a_prefill_worker_and_then_a_decode_worker_may_die() -> None:
+    """The second attempt takes the workers that the first did not: p1 and d1. The third has p1 and d0."""
+    survives(two_pairs(p0=Script(die_at=0), d1=Script(die_at=9)), 3)
 
 
 def test_without_other_decode_workers_the_prefill_worker_finishes() -> None:

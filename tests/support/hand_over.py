@@ -310,9 +310,8 @@ class Child:
 
     def is_down(self) -> bool:
         """Stopped or dead?"""
-        if self._process.poll() is not None:
-            return True
-        found = os.waitid(os.P_PID, self._process.pid, os.WSTOPPED | os.WNOHANG)
+        # In one question: it may die between two. WNOWAIT leaves its exit status to Popen.
+        found = os.waitid(os.P_PID, self._process.pid, os.WSTOPPED | os.WEXITED | os.WNOHANG | os.WNOWAIT)
         return found is not None
 
     def resume(self) -> None:

@@ -22,8 +22,7 @@ from router.metrics import CONTENT_TYPE, Metrics
 from router.timeline import TimelineBook
 from router.worker_link import WorkerLink
 
-_STATUS_S: Final = 2.0
-_SCRAPE_S: Final = 0.5  # a worker that takes longer is missing from that scrape
+_STATUS_S: Final = 2.0  # a worker that takes longer is missing from that answer
 
 
 class TraceNotFound(ServeError):
@@ -130,7 +129,7 @@ class AdminDoor:
 
 async def _scrape(link: WorkerLink) -> pb.WorkerStatus | None:
     try:
-        return await link.get_status(_SCRAPE_S)
+        return await link.get_status(_STATUS_S)
     except WorkerLost:
         return None
 

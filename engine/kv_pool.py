@@ -47,11 +47,14 @@ class MemfdPool:
         flat = torch.frombuffer(self._memory.view, dtype=TORCH_DTYPES[layout.model.dtype])
         geometry, itemsize = layout.geometry, layout.model.itemsize_bytes
         self._layers: list[Tensor] = []
-        for index, spec in enumerate(layout.model.layers):
+        regions = [
+            (layout.layer_offset(index), geometry.num_blocks * layout.block_bytes(index))
+            for index in range(len(layout.model.layers))
+        ]
+        for index, (spec, (start, size)) in enumerate(zip(layout.model.layers, regions, strict=True)):
             shape = (geometry.num_blocks, 2, len(layout.heads(index)), geometry.block_size, spec.head_dim)
-            start = layout.layer_offset(index) // itemsize
-            size = geometry.num_blocks * layout.block_bytes(index) // itemsize
-            self._layers.append(flat[start : start + size].view(shape))
+            self._layers.append(flat[start // itemsize : (start + size) // itemsize].view(shape))
+        self._memory.commit(regions)  # blocks are handed out from the first on
 
     def layer(self, layer: int) -> Tensor:
         """See KVPool."""

@@ -26,6 +26,10 @@ from engine.native import NativeRunner
 from engine.overlap import OverlappingEngine
 from engine.types import EngineConfig, Sampled, StepHook, StepPlan
 
+_BEGIN_TOKENS = 4096
+"""Of a step while a batch to decode is prefilled, as many as vLLM takes by default. With few, the sequences that are
+prefilled first run ahead of the others, and later steps see more KV than the row says."""
+
 
 class LeaderRunner:
     """A runner whose followers run along."""
@@ -82,7 +86,7 @@ class BatonArm:
 
     def begin(self, prompts: Sequence[Tokens]) -> None:
         """See Arm."""
-        self._engine = self._fresh_engine(caching=False)
+        self._engine = self._fresh_engine(caching=False, max_num_batched_tokens=_BEGIN_TOKENS)
         self._batch = [self._add(prompt, self._max_len) for prompt in prompts]
         started: set[AttemptId] = set()
         while len(started) < len(prompts):
@@ -123,8 +127,9 @@ class BatonArm:
             "block_size": self._engine.config.block_size,
         }
 
-    def _fresh_engine(self, *, caching: bool) -> LocalEngine:
-        settings: dict[str, Any] = {"enable_prefix_caching": caching, "max_model_len": self._max_len}
+    def _fresh_engine(self, *, caching: bool, **defaults: int) -> LocalEngine:
+        """`defaults` give way to the arm's options."""
+        settings: dict[str, Any] = {"enable_prefix_caching": caching, "max_model_len": self._max_len, **defaults}
         for name in ("max_num_batched_tokens", "max_num_seqs", "block_size"):
             if self._options.get(name):
                 settings[name] = self._options[name]

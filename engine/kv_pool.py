@@ -43,18 +43,15 @@ class MemfdPool:
 
     def __init__(self, layout: KVLayout) -> None:
         """Raises OSError: the pool does not fit in memory."""
-        self._memory = KVMemory(layout.pool_bytes)
+        self._memory = KVMemory(layout.pool_bytes, commit=True)
         flat = torch.frombuffer(self._memory.view, dtype=TORCH_DTYPES[layout.model.dtype])
         geometry, itemsize = layout.geometry, layout.model.itemsize_bytes
         self._layers: list[Tensor] = []
-        regions = [
-            (layout.layer_offset(index), geometry.num_blocks * layout.block_bytes(index))
-            for index in range(len(layout.model.layers))
-        ]
-        for index, (spec, (start, size)) in enumerate(zip(layout.model.layers, regions, strict=True)):
+        for index, spec in enumerate(layout.model.layers):
             shape = (geometry.num_blocks, 2, len(layout.heads(index)), geometry.block_size, spec.head_dim)
-            self._layers.append(flat[start // itemsize : (start + size) // itemsize].view(shape))
-        self._memory.commit(regions)  # blocks are handed out from the first on
+            start = layout.layer_offset(index) // itemsize
+            size = geometry.num_blocks * layout.block_bytes(index) // itemsize
+            self._layers.append(flat[start : start + size].view(shape))
 
     def layer(self, layer: int) -> Tensor:
         """See KVPool."""

@@ -517,21 +517,28 @@ class TileAttention {
 };
 
 // ---- AMX, one token: keys and values pass once, in the order in which they lie ---------------------------------------
+// Where bytes to come lie.
+struct Rows {
+  const char *one, *two;
+  Rows operator+(int64_t bytes) const { return {one + bytes, two + bytes}; }
+};
+
 // out[g][32 dims * kDims] += p[g][16 keys] V for the sixteen keys of which `v` is the first, in registers. Lanes of the
-// sums are in the order that unpacking leaves: vector 0 has dims 0-3 8-11 16-19 24-27, vector 1 the others.
+// sums are in the order that unpacking leaves: vector 0 has dims 0-3 8-11 16-19 24-27, vector 1 the others. Fetches eight
+// rows from each of `next` on: from two runs of memory at once, because the hardware stays only so far ahead of each.
 template <int kGroup, int kDims>
 BATON_INLINE void add_values(const bf16* v, int dim, int here, const uint16_t* probs, int probs_stride, float* out,
-                             const char* next) {
+                             Rows next) {
   f32x16 acc[kGroup][kDims * 2];
   for (int g = 0; g < kGroup; g++) {
     for (int i = 0; i < kDims * 2; i++) acc[g][i] = load16(out + g * dim + i * 16);
   }
-  for (int t = 0; t < here; t += 2, v += 2 * dim, next += 4 * dim) {
+  for (int t = 0; t < here; t += 2, v += 2 * dim, next = next + 2 * dim) {
     __m512 p[kGroup];
     for (int g = 0; g < kGroup; g++) p[g] = (__m512)_mm512_set1_epi32(load_as<int32_t>(probs + g * probs_stride + t));
     for (int i = 0; i < kDims; i++) {
-      prefetch_l1(next + i * 64);
-      prefetch_l1(next + i * 64 + 2 * dim);
+      prefetch_l1(next.one + i * 64);
+      prefetch_l1(next.two + i * 64);
       const __m512i a = load_as<__m512i>(v + i * 32);
       const __m512i b = t + 1 < here ? load_as<__m512i>(v + dim + i * 32) : _mm512_setzero_si512();
       const __m512bh low = (__m512bh)_mm512_unpacklo_epi16(a, b), high = (__m512bh)_mm512_unpackhi_epi16(a, b);
@@ -549,7 +556,7 @@ BATON_INLINE void add_values(const bf16* v, int dim, int here, const uint16_t* p
 // All dims of `kGroup` queries, at most 24 sums at a time.
 template <int kGroup>
 BATON_INLINE void add_tile(const bf16* v, int dim, int here, const uint16_t* probs, int probs_stride, float* out,
-                           const char* next) {
+                           Rows next) {
   constexpr int kDims = kGroup <= 3 ? 4 : kGroup <= 6 ? 2 : 1;
   int d = 0;
   for (; d + 32 * kDims <= dim; d += 32 * kDims) {
@@ -562,7 +569,7 @@ BATON_INLINE void add_tile(const bf16* v, int dim, int here, const uint16_t* pro
 }
 
 BATON_INLINE void add_group(int count, const bf16* v, int dim, int here, const uint16_t* probs, int probs_stride,
-                            float* out, const char* next) {
+                            float* out, Rows next) {
   while (count > 0) {
     int done = 1;
     if (count >= 8) {
@@ -756,8 +763,13 @@ inline void attend_token(const AttentionLayer<bf16>& layer, const SequencePart& 
       then.begin(i + ahead - num_tiles, dim, 0);
       then.fetch(i, dim, 0, 0, 1);
       const int q = tile.head * columns, here = n - tile.at < 16 ? n - tile.at : 16;
+      // Of the two tiles after this pair the first halves, then the second ones.
+      const auto rows_of = [&](int t) {
+        return reinterpret_cast<const char*>(tiles[t < num_tiles ? t : i].keys + to_values) + i % 2 * 16 * dim;
+      };
+      const Rows next_rows = {rows_of(i - i % 2 + 2), rows_of(i - i % 2 + 3)};
       add_group(columns, tile.keys + to_values, dim, here, probs + q * kDecodeKeys + tile.at, kDecodeKeys,
-                out + q * dim, reinterpret_cast<const char*>(tiles[i + 1 < num_tiles ? i + 1 : i].keys + to_values));
+                out + q * dim, next_rows);
     }
   }
   // Undo the order of unpacking within each run of 32 dims, divide and round.

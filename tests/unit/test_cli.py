@@ -232,3 +232,9 @@ def test_status_lists_workers_as_people_count() -> None:
     shown = status.describe({"workers": [{"worker_id": name} for name in names]}, "http://127.0.0.1:8000")
     rows = [line.split()[0] for line in shown.splitlines()[3:]]
     assert rows == ["decode-0", "decode-2", "decode-10", "prefill-0"]
+
+
+def test_status_says_what_is_computed_in() -> None:
+    numbers = {"dtype": "float32", "kv_dtype": "float32", "quantization": "int8"}
+    shown = status.describe({"router": {"serving": True, "status": numbers}}, "http://127.0.0.1:8000")
+    assert shown.splitlines()[0].endswith(": serving; float32, weights in int8, KV in float32")

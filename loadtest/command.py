@@ -21,7 +21,7 @@ from loadtest.coordinator import AgentLost, Link, coordinating
 from loadtest.metrics import Slo
 from loadtest.request_traces import RequestTraces
 from loadtest.result import ResultError
-from loadtest.session import Session
+from loadtest.session import Session, headline
 from loadtest.target import TargetError
 from loadtest.traces import TraceError
 from loadtest.workload import Length, Workload, WorkloadError
@@ -237,8 +237,7 @@ def _write(arguments: argparse.Namespace, whole: dict[str, Any], watch: Watch) -
 def _judge(whole: dict[str, Any], watch: Watch) -> int:
     """Say what the user must know of the whole; the exit status."""
     for level in (whole["goodput"] or {}).get("levels", ()):
-        rate = "not reached at any rate" if level["rate"] is None else f"{level['rate']:.4g} requests/s"
-        watch.say(f"goodput at {level['attainment'] * 100:g} %: {rate}")
+        watch.say(headline(level))
     kinds: Counter[str] = Counter()
     for run in whole["runs"]:
         kinds.update(run["failures"])

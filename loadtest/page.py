@@ -207,9 +207,13 @@ def _goodput(results: Sequence[Result], labels: Sequence[str]) -> str:
     rows = []
     for label, result in zip(labels, results, strict=True):
         for level in (result.get("goodput") or {}).get("levels", ()):
-            rate = "none" if level["rate"] is None else f"{level['rate']:.3g} req/s"
             low, high = level["between"]
+            least = "at least " if high is None else ""
+            rate = "none" if level["rate"] is None else f"{least}{level['rate']:.3g} req/s"
             between = f"{'0' if low is None else f'{low:.3g}'} to {'?' if high is None else f'{high:.3g}'}"
+            if level.get("limit") is not None:
+                why = "load generator late" if level["limited_by"] == "late" else "steps too short"
+                between += f"; {why} from {level['limit']:.3g} on"
             cells = (html.escape(label or "this server"), f"{level['attainment'] * 100:g} %", rate, between)
             rows.append(cells)
     if not rows:

@@ -109,7 +109,10 @@ def whole(
     is_partial: bool = False,
 ) -> dict[str, Any]:
     """The file. `is_partial`: more loads were wanted than these."""
-    validity = [entry["valid"] for entry in runs]
+    if goodput is None:
+        validity = [entry["valid"] for entry in runs]
+    else:  # steps at which the harness was late are not counted; they matter where the search ended there
+        validity = [level["limited_by"] != "late" for level in goodput["levels"]]
     described = {name: value for name, value in target.to_json().items() if name != "alphabet"}
     return {
         "format": FORMAT,
@@ -120,7 +123,7 @@ def whole(
         "target": {**described, "prompts": "ids" if target.alphabet else "text"},
         "workload": asdict(workload),
         "slo": None if slo is None else asdict(slo),
-        "valid": None if None in validity else all(validity),
+        "valid": False if False in validity else None if None in validity else True,
         "partial": is_partial,
         "goodput": goodput,
         "request_fields": list(REQUEST_FIELDS),

@@ -17,7 +17,7 @@ from loadtest import grid, metrics, page, result
 from loadtest.coordinator import ClientFacts, Load
 from loadtest.metrics import Bootstrap, Sample, Slo, Window
 from loadtest.outcome import Outcome
-from loadtest.session import LEVELS, search
+from loadtest.session import LEVELS, Step, headline, search, step_of
 from loadtest.target import Target
 from loadtest.workload import LoadRequest, Workload
 
@@ -151,9 +151,9 @@ def cliff(capacity: float, width: float = 0.2) -> Any:
     """A server whose attainment falls around a rate; and the rates that were asked for."""
     asked: list[float] = []
 
-    async def measure(rate: float) -> float:
+    async def measure(rate: float) -> Step:
         asked.append(rate)
-        return 1 / (1 + math.exp((rate / capacity - 1) / width * 4))
+        return Step(1 / (1 + math.exp((rate / capacity - 1) / width * 4)))
 
     return measure, asked
 
@@ -171,17 +171,81 @@ def test_goodput_is_found_from_below_and_from_above(first: float) -> None:
 
 
 def test_a_level_that_no_rate_reaches_has_no_goodput() -> None:
-    async def never(rate: float) -> float:
-        return 0.95
+    async def never(rate: float) -> Step:
+        return Step(0.95)
 
     at_90, at_99 = asyncio.run(search(never, LEVELS, 1.0, 0.05))
     assert at_99["rate"] is None
     assert at_90["between"][1] is None
+    assert headline(at_99) == "goodput at 99 %: not reached at any rate"
+    assert headline(at_90) == "goodput at 90 %: at least 4096 requests/s (no higher rate was tried)"
+
+
+def test_a_search_does_not_go_beyond_a_rate_at_which_the_load_generator_was_late() -> None:
+    asked: list[float] = []
+
+    async def slow_client(rate: float) -> Step:
+        asked.append(rate)
+        return Step(1.0, "" if rate <= 8.0 else "late")
+
+    found = asyncio.run(search(slow_client, LEVELS, 1.0, 0.05))
+    assert asked == [1.0, 2.0, 4.0, 8.0, 16.0]
+    for part in found:
+        assert (part["rate"], part["between"]) == (8.0, [8.0, None])
+        assert (part["limit"], part["limited_by"]) == (16.0, "late")
+    said = "goodput at 90 %: at least 8 requests/s (the load generator was the limit, late from 16/s on)"
+    assert headline(found[0]) == said
+
+
+def test_a_search_that_begins_too_high_for_the_load_generator_goes_down_first() -> None:
+    async def slow_client(rate: float) -> Step:
+        return Step(0.0 if rate > 3.0 else 1.0, "" if rate <= 16.0 else "late")
+
+    at_90, _ = asyncio.run(search(slow_client, LEVELS, 100.0, 0.05))
+    assert at_90["between"][0] <= 3.0 <= at_90["between"][1] <= at_90["between"][0] * 1.05
+    assert at_90["limit"] is None, "the server was the limit"
+
+
+def test_where_no_step_is_valid_there_is_no_goodput_to_tell() -> None:
+    asked: list[float] = []
+
+    async def always_late(rate: float) -> Step:
+        asked.append(rate)
+        return Step(1.0, "late")
+
+    at_90, _ = asyncio.run(search(always_late, LEVELS, 64.0, 0.05))
+    assert asked == [64.0, 32.0, 16.0, 8.0, 4.0, 2.0, 1.0]
+    assert (at_90["rate"], at_90["between"]) == (None, [None, None])
+    said = "goodput at 90 %: could not be determined: the load generator was the limit, late from 1/s on"
+    assert headline(at_90) == said
+
+
+def test_objectives_that_a_burst_kept_are_no_goodput() -> None:
+    def step(rate: float, ttft_s: float) -> Step:
+        load = a_load(rate, ttft_s - 0.1)
+        load.outcomes[20].failure = ""
+        return step_of(result.run(load, Workload(rate=rate), Slo(0.5, 0.1), result.window(load, 0.0, 0.0)))
+
+    assert step(50.0, 0.3) == Step(1.0)
+    assert step(200.0, 0.3) == Step(1.0, "short"), "all 50 were sent within 0.25 s"
+    assert step(200.0, 0.6) == Step(0.0), "what a burst breaks a rate breaks, too"
+    found = asyncio.run(search(lambda rate: asyncio.sleep(0, step(rate, 0.3)), LEVELS, 50.0, 0.05))
+    said = "goodput at 90 %: at least 100 requests/s (steps were shorter than an answer, so take more --requests, from 200/s on)"
+    assert headline(found[0]) == said
+
+
+def test_a_step_of_a_bisection_that_is_not_valid_ends_it_and_counts_for_nothing() -> None:
+    async def hiccup(rate: float) -> Step:
+        return Step(1.0 if rate < 3.0 else 0.0, "" if rate in (1.0, 2.0, 4.0) else "late")
+
+    at_90, at_99 = asyncio.run(search(hiccup, LEVELS, 1.0, 0.05))
+    assert at_90["between"] == at_99["between"] == [2.0, 4.0]
+    assert headline(at_90) == "goodput at 90 %: 2.2 requests/s"
 
 
 def test_an_unlucky_first_rate_does_not_hide_lower_ones_that_reach_the_level() -> None:
-    async def noisy(rate: float) -> float:
-        return {1.0: 0.98, 2.0: 0.995}.get(rate, 1.0 if rate < 4 else 0.0)
+    async def noisy(rate: float) -> Step:
+        return Step({1.0: 0.98, 2.0: 0.995}.get(rate, 1.0 if rate < 4 else 0.0))
 
     _, at_99 = asyncio.run(search(noisy, LEVELS, 1.0, 0.05))
     assert at_99["between"][0] is not None

@@ -18,7 +18,7 @@ import yaml
 from loadtest import page, result, target
 from loadtest.console import Watch
 from loadtest.coordinator import AgentLost, Link, coordinating
-from loadtest.metrics import Slo
+from loadtest.metrics import WHAT_IS_LATE, Slo
 from loadtest.request_traces import RequestTraces
 from loadtest.result import ResultError
 from loadtest.session import Session, headline
@@ -250,7 +250,7 @@ def _judge(whole: dict[str, Any], watch: Watch) -> int:
     if all(is_empty) if whole["goodput"] else any(is_empty):
         return EXIT_FAILED
     if whole["valid"] is False:
-        watch.warn("INVALID: the harness itself was late (p99 of its lag above 2 % of the TTFT objective).")
+        watch.warn(f"INVALID: {WHAT_IS_LATE}.")
         return EXIT_INVALID
     return EXIT_OK
 

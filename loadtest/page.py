@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from loadtest import charts
 from loadtest.charts import Curve, Stack
+from loadtest.metrics import WHAT_IS_LATE
 
 Result = dict[str, Any]
 Run = dict[str, Any]
@@ -125,8 +126,8 @@ def _about(label: str, result: Result) -> str:
     banner = ""
     if result["valid"] is False:
         banner = (
-            '<div class="banner"><b>Invalid.</b> The harness itself was too late: the p99 of its lag exceeds 2 % of the '
-            "TTFT objective. Use more client processes, another machine, or less load.</div>"
+            f'<div class="banner"><b>Invalid.</b> {html.escape(WHAT_IS_LATE[0].upper() + WHAT_IS_LATE[1:])}. '
+            "Use more client processes, another machine, or less load.</div>"
         )
     if result.get("partial"):
         banner += '<div class="banner"><b>Partial.</b> It was interrupted: these are the loads that had ended.</div>'

@@ -62,14 +62,14 @@ def run(
     """One load as a `runs` entry."""
     sample = Sample(load.outcomes, load.start, cut)
     bootstrap = Bootstrap(len(sample))
-    lag = metrics.lag(sample, slo)
+    lag, reading = metrics.lag(sample, slo), metrics.reading(sample, traces)
     failed = [o for o, ok in zip(sample.outcomes, sample.is_ok, strict=True) if not ok]
     examples = {o.failure or "empty": o.detail for o in failed}
     ok = [o for o, is_ok in zip(sample.outcomes, sample.is_ok, strict=True) if is_ok]
     return {
         "rate": workload.rate,
         "concurrency": workload.concurrency,
-        "valid": lag["valid"],
+        "valid": False if reading["valid"] is False else lag["valid"],
         "window_s": [round(cut.begin_s, 6), round(cut.end_s, 6)],
         "wall_s": round(load.ended - load.start, 6),
         "num_sent": len(load.outcomes),
@@ -90,6 +90,7 @@ def run(
         "attainment": None if slo is None else metrics.attainment(sample, slo, bootstrap),
         "slo_scale": None if slo is None else metrics.slo_scale(sample, slo),
         "lag": lag,
+        "reading": reading,
         "clients": [asdict(client) for client in load.clients],
         "phases": metrics.phases(traces),
         "timeline": _timeline(load),

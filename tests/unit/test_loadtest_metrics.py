@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import math
 import re
@@ -12,8 +13,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from loadtest import grid, metrics, page, result
+from loadtest.console import Watch
 from loadtest.coordinator import ClientFacts, Load
 from loadtest.metrics import Bootstrap, Sample, Slo, Window
 from loadtest.outcome import Outcome
@@ -110,6 +113,53 @@ def test_a_harness_that_lags_more_than_two_percent_of_the_objective_is_not_belie
     assert metrics.lag(sample, Slo(0.2, 1.0))["valid"] is True
     assert metrics.lag(sample, Slo(0.1, 1.0))["valid"] is False
     assert metrics.lag(sample, None)["valid"] is None
+
+
+def test_a_client_that_reads_tokens_long_after_they_came_is_not_believed() -> None:
+    def load(first: float) -> Load:  # the first of 11 tokens is read at `first`, with all that had come by then
+        due = [[0.1 + k / 10 for k in range(11)] for n in range(9)]
+        outcomes = [outcome(n, n + 0.0, [n + max(first, at) for at in times]) for n, times in enumerate(due)]
+        return Load([], 0.0, outcomes, [ClientFacts("client-0", 0.0, 0.0)], "run", ended=10.0)
+
+    traces = [{"ttft_ms": 100.0, "tpot_ms": 100.0}] * 9
+
+    def entry(first: float, traces: list[dict[str, float]], slo: Slo | None = None) -> dict[str, Any]:
+        return result.run(load(first), Workload(rate=1.0), slo, WHOLE, traces)
+
+    assert entry(0.1, traces)["reading"] == {
+        "together": 0.0,
+        "tpot_s": 0.1,
+        "server_tpot_s": 0.1,
+        "bundled": 0.0,
+        "valid": True,
+    }
+    assert entry(0.1, traces)["valid"] is None, "without objectives only what is wrong is known"
+    for slo in (None, Slo(10.0, 10.0)):
+        late = entry(1.1, traces, slo)
+        assert late["reading"] == {"together": 1.0, "tpot_s": 0.0, "server_tpot_s": 0.1, "bundled": 0.0, "valid": False}
+        assert late["valid"] is False
+    assert entry(0.5, traces)["reading"] == {
+        "together": 0.4,
+        "tpot_s": 0.06,
+        "server_tpot_s": 0.1,
+        "bundled": 0.0,
+        "valid": True,
+    }
+    assert entry(1.1, [])["valid"] is None, "whether it was the client nobody can say; that they came together is seen"
+    assert entry(1.1, [])["reading"]["together"] == 1.0
+    said = io.StringIO()
+    for run in (late, entry(1.1, []), entry(0.1, traces)):
+        Watch(Console(file=said, width=400)).result(run)
+    shown = [line for line in said.getvalue().splitlines() if "/s" in line and "load" not in line]
+    assert "INVALID: the client was late, TPOT p50" in shown[0]
+    assert "100 % of tokens came in one read with the one before" in shown[1]
+    assert shown[2].split()[-1] == "0", "nothing behind the numbers"
+
+
+def test_a_client_that_can_not_count_the_tokens_of_an_event_is_not_compared() -> None:
+    sample = Sample([outcome(0, 0.0, [1.0, 1.1], num_output_tokens=9)], 0.0, WHOLE)
+    found = metrics.reading(sample, [{"ttft_ms": 1.0, "tpot_ms": 100.0}])
+    assert (found["valid"], found["bundled"]) == (None, 0.875)
 
 
 def test_intervals_of_independent_requests_hold_the_truth_about_as_often_as_they_say() -> None:

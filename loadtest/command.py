@@ -223,6 +223,7 @@ async def _drive(
         elif arguments.rate is not None:
             await session.sweep(workload, arguments.rate)
         else:
+            session.announce(workload, [workload.rate])
             await session.measure(workload)
 
 

@@ -27,7 +27,7 @@ WHAT_IS_LATE: Final = (
     "the harness itself was late (the p99 of its lag above 2 % of the TTFT objective, or its median TPOT below half of "
     "the server's own)"
 )
-TOGETHER_SHARE: Final = 0.25
+TOGETHER_SHARE: Final = 0.5
 """Of tokens that came with others at once; from here on the user is told that gaps are not what they seem."""
 QUANTILES: Final = (0.5, 0.9, 0.95, 0.99)
 _CURVE: Final = tuple([k / 50 for k in range(50)] + [0.985, 0.99, 0.995, 0.999, 1.0])

@@ -60,8 +60,24 @@ class Session:
         self.runs.append(entry)
         return entry
 
+    def announce(self, workload: Workload, rates: Sequence[float | None], more: str = "") -> None:
+        """Say how many requests come, and how long they are being sent at each rate; `more` ends the sentence."""
+        parts, total_s = [], 0.0
+        for each in (dataclasses.replace(workload, rate=rate) for rate in rates):
+            requests = each.requests()
+            if each.concurrency is None:
+                span_s = max(request.at_s for request in requests)
+                how = f", sent in {span_s:.3g} s"
+                total_s += span_s
+            else:
+                how = "" if each.duration_s is None else f", for at most {each.duration_s:g} s"
+            parts.append(f"{describe(each)}: {len(requests)} requests{how}")
+        whole = f"; {total_s:.3g} s in all, and the time of the last answers" if len(parts) > 1 else ""
+        self.watch.say("; ".join(parts) + whole + more)
+
     async def sweep(self, workload: Workload, rates: Sequence[float]) -> None:
         """The workload at each rate."""
+        self.announce(workload, rates)
         for rate in rates:
             await self.measure(dataclasses.replace(workload, rate=rate))
 
@@ -72,6 +88,8 @@ class Session:
             run = await self.measure(dataclasses.replace(workload, rate=rate))
             return step_of(run)
 
+        shorter = "" if workload.duration_s else "; half as long at each doubling, --requests N takes fewer"
+        self.announce(workload, [first_rate], f"{shorter}; ten steps or more find the rate")
         levels = await search(measure, LEVELS, first_rate, tolerance)
         return {"levels": levels, "tolerance": tolerance}
 

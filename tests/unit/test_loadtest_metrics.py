@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from baton.process import clock_id
 from loadtest import grid, metrics, page, result
 from loadtest.console import Watch
-from loadtest.coordinator import ClientFacts, Load
+from loadtest.coordinator import ClientFacts, Load, coordinating
 from loadtest.metrics import Bootstrap, Sample, Slo, Window
 from loadtest.outcome import Outcome
-from loadtest.session import LEVELS, Step, headline, search, step_of
+from loadtest.session import LEVELS, Session, Step, headline, search, step_of
 from loadtest.target import Target
 from loadtest.workload import LoadRequest, Workload
 
@@ -282,6 +283,33 @@ def test_objectives_that_a_burst_kept_are_no_goodput() -> None:
     found = asyncio.run(search(lambda rate: asyncio.sleep(0, step(rate, 0.3)), LEVELS, 50.0, 0.05))
     said = "goodput at 90 %: at least 100 requests/s (steps were shorter than an answer, so take more --requests, from 200/s on)"
     assert headline(found[0]) == said
+
+
+def test_how_long_it_will_take_is_said_before_it_begins(capsys: pytest.CaptureFixture[str]) -> None:
+    async def say() -> str:
+        async with coordinating(Target("http://127.0.0.1:9", "completions", "m"), links=[_NoLink()]) as coordinator:
+            Session(coordinator, Watch()).announce(Workload(rate=2, arrivals="constant", num_requests=101), [2.0, 4.0])
+        return capsys.readouterr().err
+
+    assert asyncio.run(say()) == (
+        "2 requests/s: 101 requests, sent in 50 s; 4 requests/s: 101 requests, sent in 25 s; 75 s in all, and the time of "
+        "the last answers\n"
+    )
+
+
+class _NoLink:
+    """A client process that has nothing to do."""
+
+    name = "client-0"
+
+    async def send(self, message: dict[str, Any]) -> None:
+        pass
+
+    async def receive(self) -> dict[str, Any]:
+        return {"event": "hello", "clock_id": clock_id()}
+
+    async def close(self) -> None:
+        pass
 
 
 def test_a_step_of_a_bisection_that_is_not_valid_ends_it_and_counts_for_nothing() -> None:

@@ -6,17 +6,20 @@ BIN := $(VENV)/bin
 PROTO_VENV := .venv-protos
 PIP := -q --disable-pip-version-check
 
-.PHONY: setup serve fmt check check-protos test protos lines bench-engine bench-transfer bench-handover simulate ray-up-test clean
+.PHONY: help setup serve fmt check check-protos test protos lines bench-engine bench-transfer bench-handover simulate ray-up-test clean
 
 serve: $(VENV)/.runtime            ## create the environment, install, serve the demo model (ARGS="..." goes to `baton serve`)
 	@exec $(BIN)/baton serve $(ARGS)
+
+help:                              ## what can be made
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-15s %s\n", $$1, $$2 }' Makefile | sort
 
 test: $(VENV)/.dev                 ## unit, contract, integration and Ray tests
 	$(BIN)/python -m pytest $(ARGS)
 
 setup: $(VENV)/.dev                ## everything a developer needs
 
-fmt: $(VENV)/.dev
+fmt: $(VENV)/.dev                  ## mend what ruff can mend
 	$(BIN)/ruff check -q --fix . || true
 	$(BIN)/ruff format -q .
 
@@ -29,7 +32,7 @@ check: $(VENV)/.dev check-protos   ## lint, format, types, import directions, st
 protos: $(PROTO_VENV)/.done        ## regenerate the committed stubs
 	protos/generate.sh $(PROTO_VENV)/bin/python
 
-check-protos: $(PROTO_VENV)/.done
+check-protos: $(PROTO_VENV)/.done  ## are the committed stubs what their .proto generates?
 	@out=$$(mktemp -d) && trap 'rm -rf "$$out"' EXIT && protos/generate.sh $(PROTO_VENV)/bin/python "$$out" && \
 	for file in protos/*_pb2*; do \
 	  cmp -s "$$file" "$$out/$$file" || { echo "$$file is not what its .proto generates: run make protos"; exit 1; }; \
@@ -41,13 +44,13 @@ bench-transfer: $(VENV)/.dev       ## KV transfer beside a bare copy and a bare 
 bench-handover: $(VENV)/.dev       ## P7 in a real 1P1D cluster: exposed transfer and hand-over of every request; status 1 as above
 	@$(BIN)/python -m bench.handover --check $(ARGS)
 
-lines: ## sizes per file, largest first
+lines:                             ## sizes per file, largest first
 	@git ls-files '*.py' | grep -v _pb2 | xargs wc -l | sort -rn | head -60
 
 bench-engine: $(VENV)/.dev         ## the engine beside vLLM CPU and llama.cpp, where their Pythons are given (ARGS="--help")
 	@$(BIN)/python -m bench.engine $(ARGS)
 
-clean:
+clean:                             ## remove environments and caches
 	rm -rf $(VENV) $(PROTO_VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
 $(VENV)/bin/python:

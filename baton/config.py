@@ -6,17 +6,39 @@ pydantic checks it because untrusted text enters here; processes get plain datac
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 DEMO_MODEL_DIR = Path(__file__).parent / "demo_model"
 DEMO_MODEL_NAME = "baton-demo"
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 Count = Annotated[int, Field(ge=0, le=1024)]
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | {
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
+
+
+def _num_bytes(value: object) -> object:
+    """A size as people write it, as a number; what is no text is for pydantic to judge."""
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"([0-9]{1,18})(\.[0-9]{1,6})?\s*([A-Za-z]*)", value.strip())
+    if match is None or (unit := match[3].upper()) not in _UNITS or (match[2] and not unit):
+        raise ValueError(f"{value[:40]!r} is not a size such as 1073741824, 512MiB, 1GiB or 2GB")
+    return int(match[1]) * _UNITS[unit] + int(float(match[2] or 0) * _UNITS[unit])
+
+
+Bytes = Annotated[int, BeforeValidator(_num_bytes)]
+"""Accepts 1073741824, 1GiB (powers of 1,024) and 2GB (of 1,000)."""
 
 
 class ConfigError(ValueError):
@@ -45,7 +67,9 @@ class EngineSection(_Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     block_size: int = Field(default=16, ge=16, le=256, multiple_of=16)
     kv_dtype: Literal["auto", "fp8"] = "auto"  # auto: as the model; fp8: e4m3, one byte, on CUDA only
-    kv_cache_bytes: int | None = Field(default=None, ge=1)  # per rank; None: 64 x max_model_len tokens, at most 1 GiB
+    kv_cache_bytes: Annotated[Bytes, Field(ge=1)] | None = (
+        None  # per rank; None: 64 x max_model_len tokens, at most 1 GiB
+    )
     max_num_seqs: int = Field(default=256, ge=1, le=4096)
     max_num_batched_tokens: int = Field(default=512, ge=16, le=65536)
     scheduling: Literal["decode_first", "prefill_first"] = "decode_first"  # who goes first into a step's token budget
@@ -85,7 +109,7 @@ class TransferSection(_Section):
     """KV between workers."""
 
     transports: tuple[Literal["shm", "nixl", "cuda_ipc", "tcp"], ...] = ("shm", "tcp")  # in order of preference
-    credit_bytes: int = Field(default=32 * 2**20, ge=2**16)
+    credit_bytes: Bytes = Field(default=32 * 2**20, ge=2**16)
     lease_s: float = Field(default=10.0, gt=0.1)
 
     @model_validator(mode="after")
@@ -107,7 +131,7 @@ class RouterSection(_Section):
     grpc_port: Port = 50051
     api_key_file: str | None = None
     max_concurrent_requests: int = Field(default=1024, ge=1)
-    max_body_bytes: int = Field(default=8 * 2**20, ge=1024)
+    max_body_bytes: Bytes = Field(default=8 * 2**20, ge=1024)
     request_timeout_s: float = Field(default=600.0, gt=0)
     drain_s: float = Field(default=1.0, ge=0, le=3600)  # on stop, what runs may end by itself for so long
     max_attempts: int = Field(default=3, ge=1, le=10)
@@ -233,10 +257,14 @@ def load_config(path: str | None = None, settings: dict[str, Any] | None = None)
 
 
 def _similar(wrong: str) -> str:
-    """What may have been meant, as the end of a sentence."""
+    """What may have been meant, as the end of a sentence: the key in its own section, or one nearly of this name."""
     keys = list(Config.model_fields)
     for name, field in Config.model_fields.items():
         if isinstance(field.default, _Section):
             keys += [f"{name}.{key}" for key in type(field.default).model_fields]
-    found = [key for key in keys if key.endswith(f".{wrong}")] or difflib.get_close_matches(wrong, keys, 1)
+    section, _, leaf = wrong.rpartition(".")
+    found = [key for key in keys if key.endswith(f".{leaf}")]
+    if not found:  # within a section its name is no likeness
+        near = {key.rpartition(".")[2]: key for key in keys if key.rpartition(".")[0] == section}
+        found = [near[name] for name in difflib.get_close_matches(leaf, near, 1)]
     return f"; did you mean {found[0]}" if found else ""

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 from baton import __version__
 from baton.config import Config, RouterSection
 from cluster.site import OWN_ADDRESS
+from cluster.status import number_formats
 from cluster.topology import FRONT, ROUTER, ModelChoice, WorkerPlan
 from cluster.waterfall import size
 
@@ -80,18 +81,22 @@ class UnitFacts:
 def banner(
     config: Config,
     model: ModelChoice,
+    numbers: Mapping[str, str | None],
     workers: Sequence[WorkerPlan],
     facts: Mapping[str, UnitFacts],
     links: Mapping[tuple[str, str], str],
     start_up: StartUp,
     logs: str,
 ) -> str:
-    """The greeting: what runs, where it listens, what it has, how long the start took, what to try."""
+    """The greeting: what runs, where it listens, what it has, how long the start took, what to try.
+
+    `numbers`: topology.number_formats.
+    """
     routers = [dict((facts[name].reports or {}).get(name, {})) for name in facts if name.startswith(ROUTER)]
     http_url = routers[0].get("http_url", "")
     rows = [
         ("", f"Baton {__version__} serves {model.name}, ready after {start_up.total_s or 0.0:.1f} s"),
-        ("model", model.path or "simulated"),
+        ("model", f"{model.path}  ({number_formats(numbers)})" if numbers else "simulated"),
         ("workers", _shape(workers, config)),
         *((plan.worker_id, _worker(plan, facts[plan.worker_id])) for plan in workers),
         *([("kv", _links(links))] if links else []),

@@ -47,7 +47,7 @@ FLAGS: Final = (
     Flag("--max-model-len", "model.max_model_len", "most tokens of a request, prompt included", "N", type=int),
     Flag("--quantization", "model.quantization", "of weights: int8 on the CPU, fp8 on CUDA", choices=("int8", "fp8")),
     Flag("--served-model-name", "model.served_model_name", "the name that clients use", "S"),
-    Flag("--kv-cache-bytes", "engine.kv_cache_bytes", "KV cache of each rank", "N", type=int),
+    Flag("--kv-cache-bytes", "engine.kv_cache_bytes", "KV cache of each rank: bytes, or such as 512MiB or 2GB", "SIZE"),
     Flag("--engine", "engine.kind", "the real engine, or one that only simulates", choices=("native", "sim")),
     Flag("--device", "engine.device", "where the engine computes", choices=("auto", "cpu", "cuda")),
     Flag("--launcher", "cluster.launcher", "start processes by Ray or directly", choices=("ray", "local")),

@@ -31,12 +31,20 @@ def describe(status: Mapping[str, Any], url: str) -> str:
     head = f"{router.get('model', 'a model')} at {url}: {health}"
     if "uptime_s" in router:
         head += f", up {_duration(router['uptime_s'])}, {router.get('requests_in_flight', 0)} requests in flight"
+    if "dtype" in (facts := router.get("status", {})):
+        head += f"; {number_formats(facts)}"
     workers = {worker["worker_id"]: worker for worker in status.get("workers", ())}
     units = {
         name: unit for name, unit in status.get("server", {}).get("units", {}).items() if not name.startswith("router")
     }
     rows = [_row(name, workers.get(name), units.get(name, {})) for name in sorted({*workers, *units}, key=_natural)]
     return "\n".join([head, "", *_table([_COLUMNS, *rows])])
+
+
+def number_formats(numbers: Mapping[str, Any]) -> str:
+    """What a server computes in, from topology.number_formats."""
+    weights = f", weights in {numbers['quantization']}" if numbers["quantization"] else ""
+    return f"{numbers['dtype']}{weights}, KV in {numbers['kv_dtype']}"
 
 
 def _row(name: str, worker: Mapping[str, Any] | None, unit: Mapping[str, Any]) -> tuple[str, ...]:

@@ -91,6 +91,7 @@ class Supervisor:
         self._drained: dict[str, asyncio.Event] = {}
         self._scaling = asyncio.Lock()
         self._facts = {name: UnitFacts() for name in self._ready}
+        self._numbers = topology.number_formats(config, model)
 
     async def run(self) -> None:
         """Serve until a signal says stop; then end routers first, workers after them.
@@ -154,8 +155,18 @@ class Supervisor:
         self._start_up.finish()
         workers, logs = list(self._workers.values()), str(self._run.logs)
         self._console.greet(
-            banner(self._config, self._model, workers, self._facts, self._links.transports(), self._start_up, logs),
+            banner(
+                self._config,
+                self._model,
+                self._numbers,
+                workers,
+                self._facts,
+                self._links.transports(),
+                self._start_up,
+                logs,
+            ),
             model=self._model.name,
+            **self._numbers,
             ready_s=self._start_up.total_s,
             steps={step.name: [step.begin_s, step.end_s] for step in self._start_up.steps},
             router=self._router_reports().get(ROUTER),
@@ -299,6 +310,7 @@ class Supervisor:
     async def _start_router(self, name: str) -> Unit:
         status = {
             "launcher": self._config.cluster.launcher,
+            **self._numbers,
             "workers": [
                 {"worker_id": plan.worker_id, "role": plan.role, "tp_size": plan.tp_size}
                 for plan in self._workers.values()

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from baton import specs
 from baton.config import DEMO_MODEL_DIR, DEMO_MODEL_NAME, Config, ConfigError
+from baton.kv_layout import stored_dtype
 from cluster.host import ProcessOrder
 from cluster.nodes import ROUTER_ROLE
 from cluster.run_dir import worker_dir
@@ -181,6 +182,19 @@ def check_fit(config: Config, model: ModelChoice, workers: Iterable[WorkerPlan])
     asked, possible = config.model.max_model_len, shape.max_position_embeddings
     if asked is not None and asked > possible:
         raise ConfigError(f"model.max_model_len: {asked} is more than the model's {possible} positions")
+
+
+def number_formats(config: Config, model: ModelChoice) -> dict[str, str | None]:
+    """What is computed in, and what KV and weights are stored as; {} for the simulated engine. For users to see.
+
+    Raises:
+        ValueError, OSError: the model's configuration can not be read.
+    """
+    if config.engine.kind == "sim":
+        return {}
+    dtype = read_model_config(model.path).dtype if config.model.dtype == "auto" else config.model.dtype
+    kv_dtype = stored_dtype(config.engine.kv_dtype, dtype)
+    return {"dtype": dtype, "kv_dtype": kv_dtype, "quantization": config.model.quantization}
 
 
 def _available_bytes() -> int:

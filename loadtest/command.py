@@ -18,10 +18,10 @@ import yaml
 from loadtest import page, result, target
 from loadtest.console import Watch
 from loadtest.coordinator import AgentLost, Link, coordinating
-from loadtest.metrics import Slo
+from loadtest.metrics import WHAT_IS_LATE, Slo
 from loadtest.request_traces import RequestTraces
 from loadtest.result import ResultError
-from loadtest.session import Session
+from loadtest.session import Session, headline
 from loadtest.target import TargetError
 from loadtest.traces import TraceError
 from loadtest.workload import Length, Workload, WorkloadError
@@ -223,6 +223,7 @@ async def _drive(
         elif arguments.rate is not None:
             await session.sweep(workload, arguments.rate)
         else:
+            session.announce(workload, [workload.rate])
             await session.measure(workload)
 
 
@@ -237,8 +238,7 @@ def _write(arguments: argparse.Namespace, whole: dict[str, Any], watch: Watch) -
 def _judge(whole: dict[str, Any], watch: Watch) -> int:
     """Say what the user must know of the whole; the exit status."""
     for level in (whole["goodput"] or {}).get("levels", ()):
-        rate = "not reached at any rate" if level["rate"] is None else f"{level['rate']:.4g} requests/s"
-        watch.say(f"goodput at {level['attainment'] * 100:g} %: {rate}")
+        watch.say(headline(level))
     kinds: Counter[str] = Counter()
     for run in whole["runs"]:
         kinds.update(run["failures"])
@@ -251,7 +251,7 @@ def _judge(whole: dict[str, Any], watch: Watch) -> int:
     if all(is_empty) if whole["goodput"] else any(is_empty):
         return EXIT_FAILED
     if whole["valid"] is False:
-        watch.warn("INVALID: the harness itself was late (p99 of its lag above 2 % of the TTFT objective).")
+        watch.warn(f"INVALID: {WHAT_IS_LATE}.")
         return EXIT_INVALID
     return EXIT_OK
 

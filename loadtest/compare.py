@@ -23,7 +23,7 @@ from loadtest import charts, grid, page, result, target
 from loadtest.console import Watch
 from loadtest.coordinator import AgentLost, coordinating
 from loadtest.grid import PD, PREFILL_FIRST
-from loadtest.metrics import Slo
+from loadtest.metrics import WHAT_IS_LATE, Slo
 from loadtest.request_traces import RequestTraces
 from loadtest.servers import ServerFailed, serving
 from loadtest.session import LEVELS, Session
@@ -255,10 +255,7 @@ def _invalid(parts: Sequence[tuple[str, grid.Runs]]) -> str:
     late = sum(1 for run in runs if run["valid"] is False)
     if not late:
         return ""
-    return (
-        f"INVALID: in {late} of {len(runs)} runs the harness itself was late (p99 of its lag above 2 % of the TTFT "
-        "objective); the numbers are not to be used."
-    )
+    return f"INVALID: in {late} of {len(runs)} runs {WHAT_IS_LATE}; the numbers are not to be used."
 
 
 def _tables(facts: dict[str, Any], runs: grid.Runs) -> list[tuple[str, list[grid.Cell]]]:

@@ -16,8 +16,13 @@ from rich.table import Table
 
 from loadtest.charts import seconds
 from loadtest.coordinator import Load
+from loadtest.metrics import TOGETHER_SHARE
 
 _RECENT: Final = 200
+_AT_ONCE: Final = (
+    ("bundled", "in one event with others, as the server sent them"),
+    ("together", "in one read with the one before, held back by this client, the network or the server"),
+)
 
 
 class Watch:
@@ -67,8 +72,7 @@ class Watch:
         cells.append(f"{run['output_tokens_per_s']:.0f}".rjust(9))
         lag = run["lag"]["p99_s"]
         cells.append(("-" if lag is None else seconds(lag)).rjust(9))
-        mark = "  [red]INVALID: the harness was late[/]" if run["valid"] is False else ""
-        self.console.print(escape(" ".join(cells)) + mark)
+        self.console.print(escape(" ".join(cells)) + _mark(run))
         for kind, count in run["failures"].items():
             self.console.print(
                 f"{'':>12} {count} x {kind}: {run['failure_examples'].get(kind, '')}", style="red", markup=False
@@ -81,6 +85,20 @@ class Watch:
     def warn(self, text: str) -> None:
         """A line that must not be missed."""
         self.console.print(text, markup=False, style="bold red")
+
+
+def _mark(run: dict[str, Any]) -> str:
+    """What must be known of the numbers before it."""
+    reading = run.get("reading") or {}
+    if reading.get("valid") is False:
+        here, there = (seconds(reading[name]) for name in ("tpot_s", "server_tpot_s"))
+        return f"  [red]INVALID: the client was late, TPOT p50 {here} here, {there} by the server's own timeline[/]"
+    if run["valid"] is False:
+        return "  [red]INVALID: the harness was late[/]"
+    shares = [(reading.get(name) or 0.0, why) for name, why in _AT_ONCE]
+    if (largest := max(shares))[0] >= TOGETHER_SHARE:
+        return f"  [yellow]{largest[0] * 100:.0f} % of tokens came {largest[1]}: TPOT and gaps are those of bunches[/]"
+    return ""
 
 
 def _state(title: str, total: int, load: Load, began: float) -> Table:

@@ -21,6 +21,14 @@ Floats = npt.NDArray[np.float64]
 
 LAG_SHARE: Final = 0.02
 """A harness whose p99 lag exceeds this share of the TTFT objective measures itself."""
+READING_SHARE: Final = 0.5
+"""A harness whose median TPOT is below this share of the server's own read tokens long after they had come."""
+WHAT_IS_LATE: Final = (
+    "the harness itself was late (the p99 of its lag above 2 % of the TTFT objective, or its median TPOT below half of "
+    "the server's own)"
+)
+TOGETHER_SHARE: Final = 0.5
+"""Of tokens that came with others at once; from here on the user is told that gaps are not what they seem."""
 QUANTILES: Final = (0.5, 0.9, 0.95, 0.99)
 _CURVE: Final = tuple([k / 50 for k in range(50)] + [0.985, 0.99, 0.995, 0.999, 1.0])
 _REPLICATES: Final = 300
@@ -208,6 +216,30 @@ def lag(sample: Sample, slo: Slo | None) -> dict[str, Any]:
     }
 
 
+def reading(sample: Sample, traces: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Did tokens get their time as they came? A process that waits for the processor finds several at once.
+
+    `together`: share of events with tokens, from the second on, that came in one read with the one before; the client,
+    the network or the server may have held them back. `bundled`: share of tokens, from the second on, without an event of
+    their own; so the server sent them. `tpot_s`: median TPOT of answers whose tokens were all seen, `server_tpot_s`: by
+    Baton's own `traces`, which this process can not delay. `valid`: None where one of the two is missing.
+    """
+    good = [outcome for outcome, ok in zip(sample.outcomes, sample.is_ok, strict=True) if ok]
+    gaps = [np.diff(np.frombuffer(outcome.times, dtype=np.float64)) for outcome in good]
+    num_gaps = sum(map(len, gaps))
+    num_later = sum(_num_tokens(outcome) - 1 for outcome in good)
+    ours = [_tpot(outcome) for outcome in good if sum(outcome.counts) == outcome.num_output_tokens > 1]
+    theirs = [trace["tpot_ms"] / 1e3 for trace in traces if trace.get("tpot_ms") is not None]
+    here, there = (float(np.median(values)) if values else None for values in (ours, theirs))
+    return {
+        "together": _round(sum(int((part == 0).sum()) for part in gaps) / num_gaps) if num_gaps else None,
+        "bundled": _round(1 - num_gaps / num_later) if num_later else None,
+        "tpot_s": None if here is None else _round(here),
+        "server_tpot_s": None if there is None else _round(there),
+        "valid": None if here is None or there is None else here >= READING_SHARE * there,
+    }
+
+
 def phases(traces: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     """Means and p99 in ms of the phases of Baton's own request traces; None without traces.
 
@@ -228,9 +260,14 @@ def phases(traces: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     return {"num_requests": len(whole), "mean_ms": means, "p99_ms": p99}
 
 
+def _num_tokens(outcome: Outcome) -> int:
+    """As the server says, or as events showed where it says less."""
+    return max(outcome.num_output_tokens, sum(outcome.counts))
+
+
 def _tpot(outcome: Outcome) -> float:
     """Mean time per token after the first event's tokens; NaN for an answer that came in one event."""
-    later = max(outcome.num_output_tokens, sum(outcome.counts)) - 1
+    later = _num_tokens(outcome) - 1
     return (outcome.times[-1] - outcome.times[0]) / later if later > 0 else math.nan
 
 

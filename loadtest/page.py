@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from loadtest import charts
 from loadtest.charts import Curve, Stack
+from loadtest.metrics import WHAT_IS_LATE
 
 Result = dict[str, Any]
 Run = dict[str, Any]
@@ -125,8 +126,8 @@ def _about(label: str, result: Result) -> str:
     banner = ""
     if result["valid"] is False:
         banner = (
-            '<div class="banner"><b>Invalid.</b> The harness itself was too late: the p99 of its lag exceeds 2 % of the '
-            "TTFT objective. Use more client processes, another machine, or less load.</div>"
+            f'<div class="banner"><b>Invalid.</b> {html.escape(WHAT_IS_LATE[0].upper() + WHAT_IS_LATE[1:])}. '
+            "Use more client processes, another machine, or less load.</div>"
         )
     if result.get("partial"):
         banner += '<div class="banner"><b>Partial.</b> It was interrupted: these are the loads that had ended.</div>'
@@ -207,9 +208,13 @@ def _goodput(results: Sequence[Result], labels: Sequence[str]) -> str:
     rows = []
     for label, result in zip(labels, results, strict=True):
         for level in (result.get("goodput") or {}).get("levels", ()):
-            rate = "none" if level["rate"] is None else f"{level['rate']:.3g} req/s"
             low, high = level["between"]
+            least = "at least " if high is None else ""
+            rate = "none" if level["rate"] is None else f"{least}{level['rate']:.3g} req/s"
             between = f"{'0' if low is None else f'{low:.3g}'} to {'?' if high is None else f'{high:.3g}'}"
+            if level.get("limit") is not None:
+                why = "load generator late" if level["limited_by"] == "late" else "steps too short"
+                between += f"; {why} from {level['limit']:.3g} on"
             cells = (html.escape(label or "this server"), f"{level['attainment'] * 100:g} %", rate, between)
             rows.append(cells)
     if not rows:

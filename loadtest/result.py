@@ -62,14 +62,14 @@ def run(
     """One load as a `runs` entry."""
     sample = Sample(load.outcomes, load.start, cut)
     bootstrap = Bootstrap(len(sample))
-    lag = metrics.lag(sample, slo)
+    lag, reading = metrics.lag(sample, slo), metrics.reading(sample, traces)
     failed = [o for o, ok in zip(sample.outcomes, sample.is_ok, strict=True) if not ok]
     examples = {o.failure or "empty": o.detail for o in failed}
     ok = [o for o, is_ok in zip(sample.outcomes, sample.is_ok, strict=True) if is_ok]
     return {
         "rate": workload.rate,
         "concurrency": workload.concurrency,
-        "valid": lag["valid"],
+        "valid": False if reading["valid"] is False else lag["valid"],
         "window_s": [round(cut.begin_s, 6), round(cut.end_s, 6)],
         "wall_s": round(load.ended - load.start, 6),
         "num_sent": len(load.outcomes),
@@ -90,6 +90,7 @@ def run(
         "attainment": None if slo is None else metrics.attainment(sample, slo, bootstrap),
         "slo_scale": None if slo is None else metrics.slo_scale(sample, slo),
         "lag": lag,
+        "reading": reading,
         "clients": [asdict(client) for client in load.clients],
         "phases": metrics.phases(traces),
         "timeline": _timeline(load),
@@ -109,7 +110,10 @@ def whole(
     is_partial: bool = False,
 ) -> dict[str, Any]:
     """The file. `is_partial`: more loads were wanted than these."""
-    validity = [entry["valid"] for entry in runs]
+    if goodput is None:
+        validity = [entry["valid"] for entry in runs]
+    else:  # steps at which the harness was late are not counted; they matter where the search ended there
+        validity = [level["limited_by"] != "late" for level in goodput["levels"]]
     described = {name: value for name, value in target.to_json().items() if name != "alphabet"}
     return {
         "format": FORMAT,
@@ -120,7 +124,7 @@ def whole(
         "target": {**described, "prompts": "ids" if target.alphabet else "text"},
         "workload": asdict(workload),
         "slo": None if slo is None else asdict(slo),
-        "valid": None if None in validity else all(validity),
+        "valid": False if False in validity else None if None in validity else True,
         "partial": is_partial,
         "goodput": goodput,
         "request_fields": list(REQUEST_FIELDS),

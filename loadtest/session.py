@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import math
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -19,6 +19,10 @@ from loadtest.workload import Workload
 LEVELS: Final = (0.9, 0.99)
 _HIGHEST: Final = 4096.0  # times the first rate
 _LOWEST: Final = 1 / 64
+_FLAWS: Final = {
+    "late": "the load generator was the limit, late",
+    "short": "steps were shorter than an answer, so take more --requests,",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,50 +60,113 @@ class Session:
         self.runs.append(entry)
         return entry
 
+    def announce(self, workload: Workload, rates: Sequence[float | None], more: str = "") -> None:
+        """Say how many requests come, and how long they are being sent at each rate; `more` ends the sentence."""
+        parts, total_s = [], 0.0
+        for each in (dataclasses.replace(workload, rate=rate) for rate in rates):
+            requests = each.requests()
+            if each.concurrency is None:
+                span_s = max(request.at_s for request in requests)
+                how = f", sent in {span_s:.3g} s"
+                total_s += span_s
+            else:
+                how = "" if each.duration_s is None else f", for at most {each.duration_s:g} s"
+            parts.append(f"{describe(each)}: {len(requests)} requests{how}")
+        whole = f"; {total_s:.3g} s in all, and the time of the last answers" if len(parts) > 1 else ""
+        self.watch.say("; ".join(parts) + whole + more)
+
     async def sweep(self, workload: Workload, rates: Sequence[float]) -> None:
         """The workload at each rate."""
+        self.announce(workload, rates)
         for rate in rates:
             await self.measure(dataclasses.replace(workload, rate=rate))
 
     async def goodput(self, workload: Workload, first_rate: float, tolerance: float) -> dict[str, Any]:
         """The highest rates with 90 and with 99 % joint attainment."""
 
-        async def measure(rate: float) -> float:
+        async def measure(rate: float) -> Step:
             run = await self.measure(dataclasses.replace(workload, rate=rate))
-            return float(run["attainment"]["joint"]["value"])
+            return step_of(run)
 
+        shorter = "" if workload.duration_s else "; half as long at each doubling, --requests N takes fewer"
+        self.announce(workload, [first_rate], f"{shorter}; ten steps or more find the rate")
         levels = await search(measure, LEVELS, first_rate, tolerance)
         return {"levels": levels, "tolerance": tolerance}
 
 
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One rate of a search. With a `flaw` ("late" or "short") its attainment says nothing of the server."""
+
+    attainment: float
+    flaw: str = ""
+
+
+def step_of(run: Mapping[str, Any]) -> Step:
+    """A `runs` entry as a step: late where the load generator was; short where all requests were sent before half of
+    the answers could end, so that the objectives were kept by a burst and not at a rate."""
+    attainment = float(run["attainment"]["joint"]["value"])
+    begin_s, end_s = run["window_s"]
+    if run["valid"] is False:
+        return Step(attainment, "late")
+    is_burst = run["e2e_s"]["count"] > 0 and end_s - begin_s < run["e2e_s"]["p50"]
+    return Step(attainment, "short" if is_burst and attainment >= LEVELS[0] else "")
+
+
 async def search(
-    measure: Callable[[float], Awaitable[float]], levels: Sequence[float], first_rate: float, tolerance: float
+    measure: Callable[[float], Awaitable[Step]], levels: Sequence[float], first_rate: float, tolerance: float
 ) -> list[dict[str, Any]]:
     """For each level of attainment the crossing, by doubling or halving and then bisection of the rate's logarithm.
 
     `rate` is interpolated linearly in the last bracket `between`, whose ends differ by at most `tolerance` of the
-    lower one. It is None where a 64th of the first rate does not reach the level; the upper end is None where 4,096
-    times that rate still does. Probes are shared between levels.
+    lower one, unless a step between them had a flaw. It is None where a 64th of the first rate does not reach the level,
+    or every step had a flaw; the upper end is None where 4,096 times that rate still does, or where steps had a flaw,
+    `limited_by`, from the rate `limit` on: then `rate` is the highest step without. Steps are shared between levels;
+    those with a flaw are not counted, and the search does not go beyond them.
     """
     known: dict[float, float] = {}
+    flaws: dict[float, str] = {}
 
-    async def probe(rate: float) -> float:
-        if rate not in known:
-            known[rate] = await measure(rate)
-        return known[rate]
+    async def probe(rate: float) -> None:
+        if rate in known or rate in flaws:
+            return
+        step = await measure(rate)
+        if step.flaw:
+            flaws[rate] = step.flaw
+        else:
+            known[rate] = step.attainment
+
+    def flaw_above(rate: float) -> float | None:
+        return min((other for other in flaws if other > rate), default=None)
 
     await probe(first_rate)
+    while not known and min(flaws) > first_rate * _LOWEST:
+        await probe(min(flaws) / 2)
     out = []
     for level in sorted(levels):
-        while min(known.values()) >= level and max(known) < first_rate * _HIGHEST:
-            await probe(max(known) * 2)
-        while bracket(known, level)[0] is None and min(known) > first_rate * _LOWEST:
-            await probe(min(known) / 2)
+        while known and min(known.values()) >= level and (top := max(known)) < first_rate * _HIGHEST:
+            if flaw_above(top) is not None:
+                break
+            await probe(top * 2)
+        while known and bracket(known, level)[0] is None and (lowest := min({*known, *flaws})) > first_rate * _LOWEST:
+            await probe(lowest / 2)
         low, high = bracket(known, level)
         while low is not None and high is not None and high > low * (1 + tolerance):
-            await probe(math.sqrt(low * high))
+            middle = math.sqrt(low * high)
+            await probe(middle)
+            if middle in flaws:
+                break
             low, high = bracket(known, level)
-        out.append({"attainment": level, "rate": crossing(known, level), "between": [low, high]})
+        limit = flaw_above(low or 0.0) if low is None or high is None else None
+        out.append(
+            {
+                "attainment": level,
+                "rate": crossing(known, level),
+                "between": [low, high],
+                "limit": limit,
+                "limited_by": None if limit is None else flaws[limit],
+            }
+        )
     return out
 
 
@@ -117,6 +184,23 @@ def crossing(known: dict[float, float], level: float) -> float | None:
         return low
     share = (known[low] - level) / (known[low] - known[high])
     return round(low + share * (high - low), 6)
+
+
+def headline(level: Mapping[str, Any]) -> str:
+    """What a search found for one level of attainment."""
+    low, high = level["between"]
+    rate, limit = level["rate"], ""
+    if level.get("limit") is not None:
+        limit = f"{_FLAWS[level['limited_by']]} from {level['limit']:.4g}/s on"
+    if low is None and high is None:
+        text = f"could not be determined: {limit}"
+    elif rate is None:
+        text = f"not reached at {high:.4g} requests/s; {limit}" if limit else "not reached at any rate"
+    elif high is None:
+        text = f"at least {rate:.4g} requests/s ({limit or 'no higher rate was tried'})"
+    else:
+        text = f"{rate:.4g} requests/s"
+    return f"goodput at {level['attainment'] * 100:g} %: {text}"
 
 
 def describe(workload: Workload) -> str:

@@ -273,8 +273,13 @@ def test_goodput_is_searched_and_a_late_harness_is_called_so(tmp_path: Path, bat
     assert status == 0, said
     found = json.loads((tmp_path / "bench.json").read_text())
     assert [run["rate"] for run in found["runs"]] == [2000 / 2**n for n in range(6, -1, -1)]
-    assert found["goodput"]["levels"][0] == {"attainment": 0.9, "rate": None, "between": [None, 31.25]}
+    level = found["goodput"]["levels"][0]
+    assert (level["rate"], level["between"], level["limit"]) == (None, [None, 31.25], None)
     assert "goodput at 90 %: not reached at any rate" in said
+    flags = ("--rate", "4000", "--requests", "20", "--output-tokens", "3", "--slo", objectives)
+    status, said = bench(baton, tmp_path, "goodput", *flags)
+    assert status == 3, said
+    assert "goodput at 90 %: could not be determined: the load generator was the limit, late from 62.5/s on" in said
 
 
 def test_what_can_not_be_measured_is_said_in_one_line(tmp_path: Path, baton: System) -> None:

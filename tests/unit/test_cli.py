@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from baton.config import Config, load_config
+from baton.config import Config, ConfigError, load_config
 from cluster import cli, status
 
 _ROOT = Path(__file__).resolve().parent.parent.parent
@@ -137,6 +137,36 @@ def test_set_wins_over_flags_and_is_read_as_yaml() -> None:
     assert config.transfer.transports == ("tcp",)
 
 
+@pytest.mark.parametrize(
+    ("text", "num_bytes"), [("512MiB", 512 * 2**20), ("1GiB", 2**30), ("2GB", 2 * 10**9), ("1.5 gib", 3 * 2**29)]
+)
+def test_a_size_is_written_as_people_write_it(text: str, num_bytes: int) -> None:
+    assert configure("--kv-cache-bytes", text).engine.kv_cache_bytes == num_bytes
+    assert configure("--set", f"router.max_body_bytes={text}").router.max_body_bytes == num_bytes
+
+
+@pytest.mark.parametrize("text", ["1G", "GB", "1.5", "-1", "1GB 2", "9" * 19])
+def test_what_is_no_size_is_refused_by_its_key(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"engine\.kv_cache_bytes: '.*' is not a size such as 1073741824, 512MiB"):
+        configure("--kv-cache-bytes", text)
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("engine.nonsense", "engine.nonsense: no such key"),
+        ("engine.max_seqs", "engine.max_seqs: no such key; did you mean engine.max_num_seqs"),
+        ("engine.dtype", "engine.dtype: no such key; did you mean model.dtype"),
+        ("rooter.port", "rooter: no such key; did you mean router"),
+        ("log_levl", "log_levl: no such key; did you mean log_level"),
+    ],
+)
+def test_only_a_key_of_nearly_that_name_is_suggested(key: str, said: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        configure("--set", f"{key}=1")
+    assert str(refused.value) == said
+
+
 def test_set_without_a_value_is_refused() -> None:
     with pytest.raises(ValueError, match=r"--set topology\.tp: must be key=value"):
         configure("--set", "topology.tp")
@@ -202,3 +232,9 @@ def test_status_lists_workers_as_people_count() -> None:
     shown = status.describe({"workers": [{"worker_id": name} for name in names]}, "http://127.0.0.1:8000")
     rows = [line.split()[0] for line in shown.splitlines()[3:]]
     assert rows == ["decode-0", "decode-2", "decode-10", "prefill-0"]
+
+
+def test_status_says_what_is_computed_in() -> None:
+    numbers = {"dtype": "float32", "kv_dtype": "float32", "quantization": "int8"}
+    shown = status.describe({"router": {"serving": True, "status": numbers}}, "http://127.0.0.1:8000")
+    assert shown.splitlines()[0].endswith(": serving; float32, weights in int8, KV in float32")

@@ -154,3 +154,20 @@ def test_no_model_means_the_embedded_demo() -> None:
     choice = topology.resolve_model(load_config())
     assert choice.name == "baton-demo"
     assert Path(choice.path, "config.json").is_file()
+
+
+def test_number_formats_are_the_models_where_none_are_asked_for() -> None:
+    demo = topology.resolve_model(load_config())
+    for settings, expected in (
+        ({}, {"dtype": "bfloat16", "kv_dtype": "bfloat16", "quantization": None}),
+        (
+            {"model.dtype": "float32", "model.quantization": "int8"},
+            {"dtype": "float32", "kv_dtype": "float32", "quantization": "int8"},
+        ),
+        (
+            {"engine.device": "cuda", "model.dtype": "bfloat16", "engine.kv_dtype": "fp8"},
+            {"dtype": "bfloat16", "kv_dtype": "float8_e4m3fn", "quantization": None},
+        ),
+        ({"engine.kind": "sim"}, {}),
+    ):
+        assert topology.number_formats(load_config(settings=settings), demo) == expected

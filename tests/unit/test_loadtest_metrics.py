@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import math
 import re
@@ -12,12 +13,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
+from baton.process import clock_id
 from loadtest import grid, metrics, page, result
-from loadtest.coordinator import ClientFacts, Load
+from loadtest.console import Watch
+from loadtest.coordinator import ClientFacts, Load, coordinating
 from loadtest.metrics import Bootstrap, Sample, Slo, Window
 from loadtest.outcome import Outcome
-from loadtest.session import LEVELS, search
+from loadtest.session import LEVELS, Session, Step, headline, search, step_of
 from loadtest.target import Target
 from loadtest.workload import LoadRequest, Workload
 
@@ -112,6 +116,53 @@ def test_a_harness_that_lags_more_than_two_percent_of_the_objective_is_not_belie
     assert metrics.lag(sample, None)["valid"] is None
 
 
+def test_a_client_that_reads_tokens_long_after_they_came_is_not_believed() -> None:
+    def load(first: float) -> Load:  # the first of 11 tokens is read at `first`, with all that had come by then
+        due = [[0.1 + k / 10 for k in range(11)] for n in range(9)]
+        outcomes = [outcome(n, n + 0.0, [n + max(first, at) for at in times]) for n, times in enumerate(due)]
+        return Load([], 0.0, outcomes, [ClientFacts("client-0", 0.0, 0.0)], "run", ended=10.0)
+
+    traces = [{"ttft_ms": 100.0, "tpot_ms": 100.0}] * 9
+
+    def entry(first: float, traces: list[dict[str, float]], slo: Slo | None = None) -> dict[str, Any]:
+        return result.run(load(first), Workload(rate=1.0), slo, WHOLE, traces)
+
+    assert entry(0.1, traces)["reading"] == {
+        "together": 0.0,
+        "tpot_s": 0.1,
+        "server_tpot_s": 0.1,
+        "bundled": 0.0,
+        "valid": True,
+    }
+    assert entry(0.1, traces)["valid"] is None, "without objectives only what is wrong is known"
+    for slo in (None, Slo(10.0, 10.0)):
+        late = entry(1.1, traces, slo)
+        assert late["reading"] == {"together": 1.0, "tpot_s": 0.0, "server_tpot_s": 0.1, "bundled": 0.0, "valid": False}
+        assert late["valid"] is False
+    assert entry(0.5, traces)["reading"] == {
+        "together": 0.4,
+        "tpot_s": 0.06,
+        "server_tpot_s": 0.1,
+        "bundled": 0.0,
+        "valid": True,
+    }
+    assert entry(1.1, [])["valid"] is None, "whether it was the client nobody can say; that they came together is seen"
+    assert entry(1.1, [])["reading"]["together"] == 1.0
+    said = io.StringIO()
+    for run in (late, entry(1.1, []), entry(0.1, traces)):
+        Watch(Console(file=said, width=400)).result(run)
+    shown = [line for line in said.getvalue().splitlines() if "/s" in line and "load" not in line]
+    assert "INVALID: the client was late, TPOT p50" in shown[0]
+    assert "100 % of tokens came in one read with the one before" in shown[1]
+    assert shown[2].split()[-1] == "0", "nothing behind the numbers"
+
+
+def test_a_client_that_can_not_count_the_tokens_of_an_event_is_not_compared() -> None:
+    sample = Sample([outcome(0, 0.0, [1.0, 1.1], num_output_tokens=9)], 0.0, WHOLE)
+    found = metrics.reading(sample, [{"ttft_ms": 1.0, "tpot_ms": 100.0}])
+    assert (found["valid"], found["bundled"]) == (None, 0.875)
+
+
 def test_intervals_of_independent_requests_hold_the_truth_about_as_often_as_they_say() -> None:
     rng = np.random.default_rng(1)
     held = 0
@@ -151,9 +202,9 @@ def cliff(capacity: float, width: float = 0.2) -> Any:
     """A server whose attainment falls around a rate; and the rates that were asked for."""
     asked: list[float] = []
 
-    async def measure(rate: float) -> float:
+    async def measure(rate: float) -> Step:
         asked.append(rate)
-        return 1 / (1 + math.exp((rate / capacity - 1) / width * 4))
+        return Step(1 / (1 + math.exp((rate / capacity - 1) / width * 4)))
 
     return measure, asked
 
@@ -171,17 +222,108 @@ def test_goodput_is_found_from_below_and_from_above(first: float) -> None:
 
 
 def test_a_level_that_no_rate_reaches_has_no_goodput() -> None:
-    async def never(rate: float) -> float:
-        return 0.95
+    async def never(rate: float) -> Step:
+        return Step(0.95)
 
     at_90, at_99 = asyncio.run(search(never, LEVELS, 1.0, 0.05))
     assert at_99["rate"] is None
     assert at_90["between"][1] is None
+    assert headline(at_99) == "goodput at 99 %: not reached at any rate"
+    assert headline(at_90) == "goodput at 90 %: at least 4096 requests/s (no higher rate was tried)"
+
+
+def test_a_search_does_not_go_beyond_a_rate_at_which_the_load_generator_was_late() -> None:
+    asked: list[float] = []
+
+    async def slow_client(rate: float) -> Step:
+        asked.append(rate)
+        return Step(1.0, "" if rate <= 8.0 else "late")
+
+    found = asyncio.run(search(slow_client, LEVELS, 1.0, 0.05))
+    assert asked == [1.0, 2.0, 4.0, 8.0, 16.0]
+    for part in found:
+        assert (part["rate"], part["between"]) == (8.0, [8.0, None])
+        assert (part["limit"], part["limited_by"]) == (16.0, "late")
+    said = "goodput at 90 %: at least 8 requests/s (the load generator was the limit, late from 16/s on)"
+    assert headline(found[0]) == said
+
+
+def test_a_search_that_begins_too_high_for_the_load_generator_goes_down_first() -> None:
+    async def slow_client(rate: float) -> Step:
+        return Step(0.0 if rate > 3.0 else 1.0, "" if rate <= 16.0 else "late")
+
+    at_90, _ = asyncio.run(search(slow_client, LEVELS, 100.0, 0.05))
+    assert at_90["between"][0] <= 3.0 <= at_90["between"][1] <= at_90["between"][0] * 1.05
+    assert at_90["limit"] is None, "the server was the limit"
+
+
+def test_where_no_step_is_valid_there_is_no_goodput_to_tell() -> None:
+    asked: list[float] = []
+
+    async def always_late(rate: float) -> Step:
+        asked.append(rate)
+        return Step(1.0, "late")
+
+    at_90, _ = asyncio.run(search(always_late, LEVELS, 64.0, 0.05))
+    assert asked == [64.0, 32.0, 16.0, 8.0, 4.0, 2.0, 1.0]
+    assert (at_90["rate"], at_90["between"]) == (None, [None, None])
+    said = "goodput at 90 %: could not be determined: the load generator was the limit, late from 1/s on"
+    assert headline(at_90) == said
+
+
+def test_objectives_that_a_burst_kept_are_no_goodput() -> None:
+    def step(rate: float, ttft_s: float) -> Step:
+        load = a_load(rate, ttft_s - 0.1)
+        load.outcomes[20].failure = ""
+        return step_of(result.run(load, Workload(rate=rate), Slo(0.5, 0.1), result.window(load, 0.0, 0.0)))
+
+    assert step(50.0, 0.3) == Step(1.0)
+    assert step(200.0, 0.3) == Step(1.0, "short"), "all 50 were sent within 0.25 s"
+    assert step(200.0, 0.6) == Step(0.0), "what a burst breaks a rate breaks, too"
+    found = asyncio.run(search(lambda rate: asyncio.sleep(0, step(rate, 0.3)), LEVELS, 50.0, 0.05))
+    said = "goodput at 90 %: at least 100 requests/s (steps were shorter than an answer, so take more --requests, from 200/s on)"
+    assert headline(found[0]) == said
+
+
+def test_how_long_it_will_take_is_said_before_it_begins(capsys: pytest.CaptureFixture[str]) -> None:
+    async def say() -> str:
+        async with coordinating(Target("http://127.0.0.1:9", "completions", "m"), links=[_NoLink()]) as coordinator:
+            Session(coordinator, Watch()).announce(Workload(rate=2, arrivals="constant", num_requests=101), [2.0, 4.0])
+        return capsys.readouterr().err
+
+    assert asyncio.run(say()) == (
+        "2 requests/s: 101 requests, sent in 50 s; 4 requests/s: 101 requests, sent in 25 s; 75 s in all, and the time of "
+        "the last answers\n"
+    )
+
+
+class _NoLink:
+    """A client process that has nothing to do."""
+
+    name = "client-0"
+
+    async def send(self, message: dict[str, Any]) -> None:
+        pass
+
+    async def receive(self) -> dict[str, Any]:
+        return {"event": "hello", "clock_id": clock_id()}
+
+    async def close(self) -> None:
+        pass
+
+
+def test_a_step_of_a_bisection_that_is_not_valid_ends_it_and_counts_for_nothing() -> None:
+    async def hiccup(rate: float) -> Step:
+        return Step(1.0 if rate < 3.0 else 0.0, "" if rate in (1.0, 2.0, 4.0) else "late")
+
+    at_90, at_99 = asyncio.run(search(hiccup, LEVELS, 1.0, 0.05))
+    assert at_90["between"] == at_99["between"] == [2.0, 4.0]
+    assert headline(at_90) == "goodput at 90 %: 2.2 requests/s"
 
 
 def test_an_unlucky_first_rate_does_not_hide_lower_ones_that_reach_the_level() -> None:
-    async def noisy(rate: float) -> float:
-        return {1.0: 0.98, 2.0: 0.995}.get(rate, 1.0 if rate < 4 else 0.0)
+    async def noisy(rate: float) -> Step:
+        return Step({1.0: 0.98, 2.0: 0.995}.get(rate, 1.0 if rate < 4 else 0.0))
 
     _, at_99 = asyncio.run(search(noisy, LEVELS, 1.0, 0.05))
     assert at_99["between"][0] is not None

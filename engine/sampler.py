@@ -28,6 +28,8 @@ _SHIFTS: Final = (30, 27, 31)
 _MASK64: Final = 2**64 - 1
 _UNIFORM_BITS: Final = 52
 _NUCLEUS_GUESSES: Final = (1024, 16384)
+LOWEST_TEMPERATURE: Final = 1e-200
+"""Lower ones count as this one: any float32 over it is finite in float64, and far from its neighbours beside any noise."""
 
 
 class NonFiniteLogits(RuntimeError):
@@ -116,7 +118,7 @@ def _penalise(logits: Tensor, spec: SampleSpec) -> None:
 
 def _draw(logits: Tensor, spec: SampleSpec) -> int:
     """A draw from softmax(logits / temperature), cut by min_p, top_k and top_p, by the Gumbel-max trick."""
-    scaled = logits.double() / spec.params.temperature
+    scaled = logits.double() / max(spec.params.temperature, LOWEST_TEMPERATURE)
     threshold = _threshold(scaled, spec.params)
     if threshold == -math.inf:
         candidates = torch.arange(len(scaled), device=scaled.device)

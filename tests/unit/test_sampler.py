@@ -214,7 +214,17 @@ def test_bias_and_bans_decide_greedily_too() -> None:
     assert best not in kept_by(logits, 200, temperature=1.0, logit_bias={best: -100.0})
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0, 100.0])
+@pytest.mark.parametrize("temperature", [1e-320, 5e-324, 1e-308, 1e-200])
+@pytest.mark.parametrize("cuts", [{}, {"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}, {"top_k": 5, "top_p": 0.5}])
+def test_a_temperature_of_almost_nothing_is_greedy(temperature: float, cuts: dict[str, Any]) -> None:
+    for scale in (1.0, 1e-30, 1e38 / 8):
+        logits = logits_of(7, rows=3) * scale
+        assert logits.isfinite().all()
+        tokens = [s.token_id for s in sample(logits, [spec(temperature=temperature, seed=9, **cuts)] * 3)]
+        assert tokens == logits.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-320, 1.0, 100.0])
 @pytest.mark.parametrize("penalty", [5e-324, 1e-46, 1e-39, 100.0, 1e300])
 @pytest.mark.parametrize("scale", [1.0, 1e37])
 def test_a_banned_token_is_never_chosen(temperature: float, penalty: float, scale: float) -> None:

@@ -204,6 +204,9 @@ class LocalEngine:
                 "there is nothing to generate",
                 param="max_tokens",
             )
+        ends = {*params.stop_token_ids, *(() if params.ignore_eos else self.config.eos_token_ids)}
+        if params.min_tokens > 0 and all(token_id in ends for token_id in range(self.config.vocab_size)):
+            raise InvalidRequest("min_tokens leaves no token to choose: all of them stop", param="min_tokens")
         if len(request.cache_salt) > MAX_SALT_CHARS:
             raise InvalidRequest(f"cache_salt is longer than {MAX_SALT_CHARS} characters", param="cache_salt")
         if num_tokens >= self.max_len:

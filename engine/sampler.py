@@ -3,7 +3,8 @@
 Noise is counter-based: a pure function of (seed, sample_index, position, token id), so that any worker that computes
 the same logits draws the same token, and a retry repeats no randomness.
 
-Order of effects, as in vLLM: logit_bias and bans, penalties, temperature, min_p, top_k, top_p.
+Order of effects: logit_bias, penalties, bans, temperature, min_p, top_k, top_p. As in vLLM, except that nothing follows a
+ban: it holds whatever the other parameters are.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ _SHIFTS: Final = (30, 27, 31)
 _MASK64: Final = 2**64 - 1
 _UNIFORM_BITS: Final = 52
 _NUCLEUS_GUESSES: Final = (1024, 16384)
+LOWEST_TEMPERATURE: Final = 1e-200
+"""Lower ones count as this one: any float32 over it is finite in float64, and far from its neighbours beside any noise."""
 
 
 class NonFiniteLogits(RuntimeError):
@@ -86,23 +89,28 @@ def _adjusted(raw: Tensor, spec: SampleSpec) -> Tensor:
     bias = {token: value for token, value in params.logit_bias.items() if 0 <= token < len(logits)}
     if bias:
         logits[list(bias)] += torch.tensor(list(bias.values()), dtype=logits.dtype, device=logits.device)
+    if _has_penalty(params):
+        _penalise(logits, spec)
     banned = [token for token in spec.banned_token_ids if 0 <= token < len(logits)]
     if banned:
         logits[banned] = -math.inf
-    if _has_penalty(params):
-        _penalise(logits, spec)
     return logits
 
 
 def _penalise(logits: Tensor, spec: SampleSpec) -> None:
-    """Repetition (Keskar et al. 2019, arXiv:1909.05858) over prompt and output; presence, frequency over output."""
+    """Repetition (Keskar et al. 2019, arXiv:1909.05858) over prompt and output; presence, frequency over output.
+
+    A finite logit stays finite, so that it is never as unlikely as a banned one.
+    """
     params = spec.params
     counts = Counter(spec.output_token_ids)
     if params.repetition_penalty != 1:
         seen = sorted({*spec.prompt_token_ids, *counts})
         values = logits[seen]
-        penalty = params.repetition_penalty
-        logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
+        limits = torch.finfo(logits.dtype)
+        penalty = max(params.repetition_penalty, limits.tiny)
+        penalised = torch.where(values > 0, values / penalty, values * penalty)
+        logits[seen] = penalised.clamp(limits.min, limits.max)
     if counts:
         count = torch.tensor(list(counts.values()), dtype=logits.dtype, device=logits.device)
         logits[list(counts)] -= params.frequency_penalty * count + params.presence_penalty
@@ -110,7 +118,7 @@ def _penalise(logits: Tensor, spec: SampleSpec) -> None:
 
 def _draw(logits: Tensor, spec: SampleSpec) -> int:
     """A draw from softmax(logits / temperature), cut by min_p, top_k and top_p, by the Gumbel-max trick."""
-    scaled = logits.double() / spec.params.temperature
+    scaled = logits.double() / max(spec.params.temperature, LOWEST_TEMPERATURE)
     threshold = _threshold(scaled, spec.params)
     if threshold == -math.inf:
         candidates = torch.arange(len(scaled), device=scaled.device)

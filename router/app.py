@@ -26,6 +26,7 @@ from router.chat_template import load_chat_template
 from router.dispatcher import Dispatcher
 from router.fleet import Fleet
 from router.http import Identified, on_bug, on_http_exception, on_serve_error
+from router.http_protocol import BoundedHttp
 from router.kserve import KServeDoor
 from router.metrics import Metrics
 from router.openai import OpenAiDoor
@@ -162,6 +163,7 @@ async def serving(
         server = _Server(
             uvicorn.Config(
                 router.http,
+                http=BoundedHttp,
                 lifespan="off",
                 ws="none",
                 access_log=False,

@@ -71,6 +71,9 @@ _UNSUPPORTED: Final[dict[str, tuple[Any, ...]]] = {
     "session_params": (),
 }
 
+_MAX_LEVELS: Final = 64
+_TOO_DEEP: Final = f"nested in more than {_MAX_LEVELS} levels"
+
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
@@ -81,14 +84,44 @@ def parse(body_type: type[_Model], data: bytes) -> _Model:
         InvalidRequest: says what is wrong, in one sentence, and with which parameter.
     """
     try:
-        tree = json.loads(data, parse_constant=_refuse_constant)
-        if rb"\u" in data:
-            json.dumps(tree, ensure_ascii=False).encode()  # half a surrogate pair is no text, but JSON can spell it
-    except (ValueError, RecursionError) as error:
+        tree = load_json(data.decode("utf-8-sig"))  # json itself would take UTF-16 and half a surrogate pair
+    except ValueError as error:
         raise InvalidRequest(f"The body is not valid JSON: {str(error)[:200]}.") from None
     if not isinstance(tree, dict):
         raise InvalidRequest("The body must be a JSON object.")
     return check(body_type, tree)
+
+
+def load_json(text: str) -> Any:
+    """What a text of JSON says, with only such strings and nesting as can be written again.
+
+    Raises:
+        ValueError: it is not JSON, or has a NaN, half a surrogate pair, or more than 64 levels.
+    """
+    try:
+        tree = json.loads(text, parse_constant=_refuse_constant)
+        if "\\u" in text:
+            json.dumps(tree, ensure_ascii=False).encode()  # half a surrogate pair is no text, but JSON can spell it
+    except RecursionError:
+        raise ValueError(_TOO_DEEP) from None
+    if text.count("[") + text.count("{") > _MAX_LEVELS:
+        _check_levels(tree)
+    return tree
+
+
+def _check_levels(tree: Any) -> None:
+    level = [tree]
+    for _ in range(_MAX_LEVELS + 1):
+        below: list[Any] = []
+        for node in level:
+            if isinstance(node, dict):
+                below += node.values()
+            elif isinstance(node, list):
+                below += node
+        if not below:
+            return
+        level = below
+    raise ValueError(_TOO_DEEP)
 
 
 def check(body_type: type[_Model], tree: dict[str, Any]) -> _Model:
@@ -103,8 +136,6 @@ def check(body_type: type[_Model], tree: dict[str, Any]) -> _Model:
         return body_type.model_validate(tree)
     except ValidationError as error:
         raise _readable(error) from None
-    except RecursionError:
-        raise InvalidRequest("The body is nested too deeply.") from None
 
 
 def _refuse_constant(name: str) -> NoReturn:

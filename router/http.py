@@ -16,12 +16,12 @@ from collections.abc import AsyncGenerator, Callable, Iterator
 from typing import Any, Final, Protocol
 
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from baton.clock import Clock
-from baton.errors import InvalidRequest, Overloaded, ServeError, Unauthorized, Unavailable
+from baton.errors import Cancelled, InvalidRequest, Overloaded, ServeError, Unauthorized, Unavailable
 from router.answer import Spawn
 
 logger = logging.getLogger("router")
@@ -102,6 +102,7 @@ async def read_json(request: Request, max_bytes: int) -> bytes:
 
     Raises:
         HTTPException: 415, 413 before more than `max_bytes` are read, or 408.
+        Cancelled: the client left before.
     """
     # Requiring the type keeps browsers from posting here on behalf of any page: such posts have another type.
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -119,6 +120,8 @@ async def read_json(request: Request, max_bytes: int) -> bytes:
                     raise HTTPException(413)
     except TimeoutError:
         raise HTTPException(408, headers={"connection": "close"}) from None
+    except ClientDisconnect:
+        raise Cancelled("The client left before all of its body was there.") from None
     return bytes(body)
 
 

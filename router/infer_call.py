@@ -6,7 +6,6 @@ Knows the protocol's messages; knows neither the gRPC server nor how answers com
 from __future__ import annotations
 
 import contextlib
-import json
 import struct
 from collections.abc import AsyncIterator, Mapping
 from typing import Any, Final
@@ -14,7 +13,7 @@ from typing import Any, Final
 from baton.errors import InvalidRequest
 from protos import inference_pb2 as pb
 from router.answer import Answer
-from router.body import check
+from router.body import check, load_json
 from router.schemas import CompletionBody
 
 INPUTS: Final = (
@@ -155,13 +154,14 @@ def _value(parameter: pb.InferParameter) -> Any:
 def _sampling(text: str) -> Mapping[str, Any]:
     """Triton's clients send every value as a string; those are read as JSON where they are not texts by nature."""
     try:
-        tree = json.loads(text)
-    except (ValueError, RecursionError):
-        tree = None
+        tree = load_json(text)
+    except ValueError as error:
+        problem = f"sampling_parameters is not valid JSON: {str(error)[:200]}."
+        raise InvalidRequest(problem, param="sampling_parameters") from None
     if not isinstance(tree, dict):
         raise InvalidRequest("sampling_parameters must be a JSON object.", param="sampling_parameters")
     for name, value in tree.items():
         if isinstance(value, str) and name not in _TEXTS:
             with contextlib.suppress(ValueError):
-                tree[name] = json.loads(value.lower())
+                tree[name] = load_json(value.lower())
     return tree

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import secrets
 from collections.abc import AsyncIterator
 from typing import Any, Final
@@ -18,7 +19,7 @@ from grpc_reflection.v1alpha import reflection
 
 from baton import __version__
 from baton.clock import Clock
-from baton.errors import InvalidRequest, ModelNotFound, Overloaded, ServeError
+from baton.errors import Cancelled, InvalidRequest, ModelNotFound, Overloaded, ServeError
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import GRPCInferenceServiceServicer, add_GRPCInferenceServiceServicer_to_server
 from router.answer import Answer, Answers, Spawn, TextRequest, draw_seed
@@ -26,8 +27,11 @@ from router.api_keys import ApiKeys
 from router.infer_call import INPUTS, OUTPUTS, InferCall
 from router.tokenizer import TextEncoder
 
+logger = logging.getLogger("router")
+
 SERVICE: Final = "inference.GRPCInferenceService"
 _MAX_PER_STREAM: Final = 64  # requests of one bidirectional stream at once; further ones wait unread
+_MAX_MESSAGE_BYTES: Final = 2000  # it travels as metadata, three times as long
 _OPTIONS: Final = (
     ("grpc.so_reuseport", 0),  # a taken port must be an error
     ("grpc.keepalive_time_ms", 20_000),
@@ -155,10 +159,17 @@ class KServeDoor(GRPCInferenceServiceServicer):
         async with self._statuses(context):
             tenant = self._authorize(context)
         writing, places = asyncio.Lock(), asyncio.Semaphore(_MAX_PER_STREAM)
+        is_client_there = True
 
         async def write(response: pb.ModelStreamInferResponse) -> None:
+            nonlocal is_client_there
             async with writing:
-                await context.write(response)
+                if is_client_there:
+                    try:
+                        await context.write(response)
+                    except grpc.aio.InternalError:
+                        is_client_there = False
+                        raise Cancelled("The client left.") from None
 
         async def answer_one(request: pb.ModelInferRequest) -> None:
             try:
@@ -169,7 +180,8 @@ class KServeDoor(GRPCInferenceServiceServicer):
                         return
                     async for response in call.parts(answer):
                         await write(pb.ModelStreamInferResponse(infer_response=response))
-            except ServeError as error:
+            except Exception as problem:
+                error = _as_serve_error(problem)
                 response = pb.ModelInferResponse(model_name=self._model, id=request.id)
                 response.parameters["triton_final_response"].bool_param = True
                 message = f"[{error.grpc_status}] {_message(error)}"
@@ -234,12 +246,21 @@ class KServeDoor(GRPCInferenceServiceServicer):
     async def _statuses(self, context: Any) -> AsyncIterator[None]:
         try:
             yield
-        except ServeError as error:
+        except Exception as problem:
+            error = _as_serve_error(problem)
             trailing: tuple[tuple[str, str], ...] = (("baton-code", error.code),)
             if isinstance(error, Overloaded):
                 trailing += (("retry-after-ms", str(int(error.retry_after_s * 1e3))),)
             await context.abort(grpc.StatusCode[error.grpc_status], _message(error), trailing)
 
 
+def _as_serve_error(error: Exception) -> ServeError:
+    if isinstance(error, ServeError):
+        return error
+    logger.error("a call failed by a bug", exc_info=error)
+    return ServeError("Something went wrong inside the server; its log says what.")
+
+
 def _message(error: ServeError) -> str:
-    return f"{error.code}: {error.message}"
+    """A text that gRPC can send: one that it can not would leave the call without an end, a long one fails at clients."""
+    return f"{error.code}: {error.message}".encode("utf-8", "replace")[:_MAX_MESSAGE_BYTES].decode("utf-8", "ignore")

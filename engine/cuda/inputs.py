@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from engine.cuda.device import Device, Event
-from engine.sampler import noise_key
+from engine.sampler import LOWEST_TEMPERATURE, noise_key
 from engine.types import PENDING, BatchEntry
 
 Ints = npt.NDArray[np.int32]
@@ -219,7 +219,7 @@ class _HostView:
             rows[row] = end - 1
             params = spec.params
             if params.temperature > 0:
-                temperatures[row] = params.temperature
+                temperatures[row] = max(params.temperature, LOWEST_TEMPERATURE)
                 keys[row] = noise_key(params.seed, params.sample_index, spec.position)
                 if params.min_p > 0:
                     log_min_p[row] = math.log(params.min_p)

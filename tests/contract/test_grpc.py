@@ -143,7 +143,7 @@ def test_requests_of_one_stream_are_answered_side_by_side() -> None:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_call_that_is_cancelled_aborts_its_request(stream: bool) -> None:
+def test_a_call_that_is_cancelled_aborts_its_request(stream: bool, caplog: pytest.LogCaptureFixture) -> None:
     async def scenario(here: Site) -> None:
         decode = here.cluster.workers["decode-0"]
         async with grpc.aio.insecure_channel(here.grpc_address) as channel:
@@ -156,6 +156,7 @@ def test_a_call_that_is_cancelled_aborts_its_request(stream: bool) -> None:
             await decode.until(lambda: bool(decode.aborted))
 
     run(lambda: pair(decode=Script(gate_at=3)), scenario)
+    assert "Traceback" not in caplog.text
 
 
 def test_the_clients_deadline_is_kept() -> None:
@@ -202,7 +203,19 @@ TABLE: list[tuple[pb.ModelInferRequest, grpc.StatusCode, str]] = [
     (infer(temprature=1.0), grpc.StatusCode.INVALID_ARGUMENT, "Did you mean temperature?"),
     (infer(kv_transfer_params="x"), grpc.StatusCode.INVALID_ARGUMENT, "internal"),
     (infer(echo=True), grpc.StatusCode.INVALID_ARGUMENT, "echo is not a parameter"),
-    (infer(sampling="{"), grpc.StatusCode.INVALID_ARGUMENT, "must be a JSON object"),
+    (infer(sampling="{"), grpc.StatusCode.INVALID_ARGUMENT, "not valid JSON"),
+    (infer(sampling=r'{"a\ud83d": 1}'), grpc.StatusCode.INVALID_ARGUMENT, "not valid JSON"),
+    (infer(sampling=r'{"stop": "\ud83d"}'), grpc.StatusCode.INVALID_ARGUMENT, "not valid JSON"),
+    (infer(sampling=r'{"top_k": "\"\\ud83d\""}'), grpc.StatusCode.INVALID_ARGUMENT, "top_k must be an integer"),
+    (infer(sampling='{"temperature": NaN}'), grpc.StatusCode.INVALID_ARGUMENT, "not valid JSON"),
+    (infer(sampling="[" * 12_000), grpc.StatusCode.INVALID_ARGUMENT, "nested"),
+    (infer(sampling=json.dumps({"top_k": "[" * 12_000})), grpc.StatusCode.INVALID_ARGUMENT, "top_k must be an integer"),
+    (infer(sampling=json.dumps({"top_k": "[" * 990 + "]" * 990})), grpc.StatusCode.INVALID_ARGUMENT, "top_k must be"),
+    (
+        infer(sampling=json.dumps({"logit_bias": {"\u20ac" * 4000: 101}}, ensure_ascii=False)),
+        grpc.StatusCode.INVALID_ARGUMENT,
+        "logit_bias",
+    ),
     (infer(sampling="[1]"), grpc.StatusCode.INVALID_ARGUMENT, "must be a JSON object"),
     (infer(sampling='{"top_p": "2"}'), grpc.StatusCode.INVALID_ARGUMENT, "top_p must be at most 1"),
     (broken("datatype"), grpc.StatusCode.INVALID_ARGUMENT, "use BYTES or BOOL"),
@@ -221,7 +234,7 @@ def test_bad_requests_get_a_status_and_a_code() -> None:
         async with grpc.aio.insecure_channel(here.grpc_address) as channel:
             for request, status, part in TABLE:
                 with pytest.raises(grpc.aio.AioRpcError) as caught:
-                    await stub(channel).ModelInfer(request)
+                    await stub(channel).ModelInfer(request, timeout=20)
                 assert caught.value.code() is status, part
                 assert part in (caught.value.details() or ""), part
             with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -231,6 +244,49 @@ def test_bad_requests_get_a_status_and_a_code() -> None:
         assert len(here.cluster.workers["prefill-0"].started) == 1
 
     run(pair, scenario, max_body_bytes=16_384)
+
+
+def test_a_request_that_fails_leaves_the_others_of_its_stream_alone() -> None:
+    """Whatever is wrong with it, and be it a bug of the server's."""
+
+    async def scenario(here: Site) -> None:
+        prefill = here.cluster.workers["prefill-0"]
+        answers = here.router.answers
+        working, ends_of_texts = answers.max_tokens, []
+
+        def stumbles(wanted: int, prompt: list[int]) -> int:
+            if len(prompt) == 3:
+                raise RuntimeError("half a pair: \ud83d")
+            return working(wanted, prompt)
+
+        answers.max_tokens = stumbles  # type: ignore[method-assign, assignment]
+
+        async def requests() -> AsyncIterator[pb.ModelInferRequest]:
+            yield infer("good", stream=True, id="good", max_tokens=2)
+            await prefill.until(lambda: bool(prefill.started))
+            yield infer("good", id="bad", sampling=r'{"a\ud83d": 1}')
+            yield infer("bug", id="bug")
+
+        async with grpc.aio.insecure_channel(here.grpc_address) as channel:
+            async for answer in stub(channel).ModelStreamInfer(requests(), timeout=20):
+                response = answer.infer_response
+                if answer.error_message:
+                    ends_of_texts.append((response.id, answer.error_message))
+                elif response.parameters["triton_final_response"].bool_param:
+                    ends_of_texts.append((response.id, outputs(response)["finish_reason"][0]))
+                if len(ends_of_texts) == 2:
+                    prefill.gate.set()
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await stub(channel).ModelInfer(infer("bug"), timeout=20)
+            assert caught.value.code() is grpc.StatusCode.INTERNAL
+            assert "RuntimeError" not in (caught.value.details() or "")
+        ends = dict(ends_of_texts)
+        assert list(ends)[-1] == "good"
+        assert ends["good"] == "length"
+        assert ends["bad"].startswith("[INVALID_ARGUMENT]")
+        assert ends["bug"].startswith("[INTERNAL]")
+
+    run(lambda: pair(prefill=Script(gate_at=0)), scenario)
 
 
 def test_errors_of_workers_are_mapped() -> None:

@@ -114,6 +114,12 @@ BODIES: list[tuple[bytes, str]] = [
     (b"{", "not valid JSON"),
     (b"\xff\xfe", "not valid JSON"),
     (rb'{"prompt": "\ud800"}', "surrogates not allowed"),
+    (b'{"prompt": "a\xed\xa0\xbd"}', "not valid JSON"),
+    ('{"prompt": "a"}'.encode("utf-16"), "not valid JSON"),
+    ('{"prompt": "a"}'.encode("utf-32-le"), "not valid JSON"),
+    (b'{"prompt": "a", "stop": ' + b"[" * 960 + b"]" * 960 + b"}", "nested in more than 64 levels"),
+    (b'{"messages": ' + b"[" * 66 + b"]" * 66 + b"}", "nested in more than 64 levels"),
+    (b'{"prompt": ' + b"[" * 60 + b"]" * 60 + b"}", "must be a string"),
     (b"[1, 2]", "must be a JSON object"),
     (b'"text"', "must be a JSON object"),
     (b'{"prompt": "a", "temperature": NaN}', "NaN is not JSON"),
@@ -247,6 +253,31 @@ def test_a_body_that_is_too_large_is_refused_before_it_is_read() -> None:
         assert answer.json()["error"]["type"] == "invalid_request_error"
 
     run(pair, scenario, max_body_bytes=4096)
+
+
+def test_a_client_that_leaves_within_its_body_is_no_bug(caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario(here: Site) -> None:
+        answered = asyncio.Event()
+        statuses = []
+
+        def count(status: int) -> None:
+            statuses.append(status)
+            answered.set()
+
+        here.router.http._count = count  # type: ignore[attr-defined]
+        host, port = here.url.removeprefix("http://").split(":")
+        _, writer = await asyncio.open_connection(host, int(port))
+        writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n")
+        writer.write(b"content-length: 100\r\n\r\n{")
+        await writer.drain()
+        writer.close()
+        await writer.wait_closed()
+        async with asyncio.timeout(30):
+            await answered.wait()
+        assert statuses == [499]
+        assert "Traceback" not in caplog.text
+
+    run(pair, scenario)
 
 
 def test_a_bug_is_a_plain_500_and_the_server_goes_on(caplog: pytest.LogCaptureFixture) -> None:

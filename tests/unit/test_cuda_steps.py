@@ -82,6 +82,12 @@ def test_a_step_is_packed_with_padding_that_names_nothing() -> None:
     assert given.rows.tolist() == [0, 3, 0]
     assert given.temperatures.tolist() == [0.0, 0.5, 0.0]
     assert given.keys[0] == given.keys[2] == 0 != given.keys[1]
+    coldest = SamplingParams(temperature=1e-320)
+    buffer.load([entry("a", 9, [PENDING], [3, 5], coldest)], Shape(1, 1, 1, 0), Tables(4, 100), [2])
+    device.record().wait()
+    assert buffer.tensors(Shape(1, 1, 1, 0)).temperatures.tolist() == [1e-200]  # a logit over it stays finite
+    buffer.load(entries, shape, Tables(4, 100), [2, -1], [(1, 0)])
+    device.record().wait()
     assert (given.tile_seqs.tolist(), given.tile_begin.tolist()) == ([1], [0])
     begin = given.table_begin.tolist()
     assert [given.tables[begin[0]].item(), given.tables[begin[0] + 1].item(), given.tables[begin[1]].item()] == [

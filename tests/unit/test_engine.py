@@ -433,6 +433,11 @@ def test_the_pool_is_a_limit_like_the_models_context() -> None:
         (request("a", [-1]), InvalidRequest, r"\[0, 997\)"),
         (request("a", [1], max_tokens=0), InvalidRequest, "max_tokens is 0"),
         (request("a", [1], delivered=[2, 3], max_tokens=2), InvalidRequest, "2 tokens are delivered"),
+        (
+            request("a", [1], min_tokens=1, stop_token_ids=tuple(range(VOCAB_SIZE))),
+            InvalidRequest,
+            "no token to choose",
+        ),
         (request("a", [1], cache_salt="x" * 2000), InvalidRequest, "cache_salt"),
         (request("a", prompt(1, 100)), PromptTooLong, "100 tokens .* the model's context is 100 tokens"),
     ],

@@ -214,6 +214,40 @@ def test_bias_and_bans_decide_greedily_too() -> None:
     assert best not in kept_by(logits, 200, temperature=1.0, logit_bias={best: -100.0})
 
 
+@pytest.mark.parametrize("temperature", [1e-320, 5e-324, 1e-308, 1e-200])
+@pytest.mark.parametrize("cuts", [{}, {"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}, {"top_k": 5, "top_p": 0.5}])
+def test_a_temperature_of_almost_nothing_is_greedy(temperature: float, cuts: dict[str, Any]) -> None:
+    for scale in (1.0, 1e-30, 1e38 / 8):
+        logits = logits_of(7, rows=3) * scale
+        assert logits.isfinite().all()
+        tokens = [s.token_id for s in sample(logits, [spec(temperature=temperature, seed=9, **cuts)] * 3)]
+        assert tokens == logits.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-320, 1.0, 100.0])
+@pytest.mark.parametrize("penalty", [5e-324, 1e-46, 1e-39, 100.0, 1e300])
+@pytest.mark.parametrize("scale", [1.0, 1e37])
+def test_a_banned_token_is_never_chosen(temperature: float, penalty: float, scale: float) -> None:
+    """Whatever else pushes it up, or pushes all others down."""
+    logits = logits_of(8) * scale - 3 * scale
+    everything = tuple(range(VOCAB))
+    for others in ({}, {"logit_bias": {0: 100.0}}, {"presence_penalty": -2.0}, {"top_k": 9, "top_p": 0.5}):
+        for banned in ((0,), (0, 7), everything[:-1]):
+            wanted = [
+                spec(
+                    position,
+                    temperature=temperature,
+                    repetition_penalty=penalty,
+                    prompt_token_ids=everything,
+                    output_token_ids=(0, 0, 3),
+                    banned_token_ids=banned,
+                    **others,
+                )
+                for position in range(5)
+            ]
+            assert not {s.token_id for s in sample(logits.expand(5, -1), wanted)} & set(banned)
+
+
 def test_logprobs_are_of_the_unmodified_distribution() -> None:
     logits = logits_of(7)
     order = logits[0].sort(descending=True).indices.tolist()

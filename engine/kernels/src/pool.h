@@ -1,4 +1,4 @@
-// A few threads that run one function together, with a barrier. Spins briefly, then sleeps in the kernel.
+// A few threads that run one function together, with a barrier. Who waits spins, then gives way, then sleeps in the kernel.
 #pragma once
 #include <linux/futex.h>
 #include <pthread.h>
@@ -30,10 +30,14 @@ class Epoch {
       syscall(SYS_futex, &value_, FUTEX_WAKE_PRIVATE, 1 << 30, nullptr, nullptr, 0);
     }
   }
-  void wait(uint32_t seen, int spins) {
-    for (int i = 0; i < spins; i++) {
+  void wait(uint32_t seen) {
+    for (int i = 0; i < kSpins + kYields; i++) {
       if (load() != seen) return;
-      relax();
+      if (i < kSpins) {
+        relax();
+      } else {
+        sched_yield();
+      }
     }
     num_sleeping_.fetch_add(1, std::memory_order_seq_cst);
     while (load() == seen) syscall(SYS_futex, &value_, FUTEX_WAIT_PRIVATE, seen, nullptr, nullptr, 0);
@@ -41,6 +45,10 @@ class Epoch {
   }
 
  private:
+  // About 5 us of pauses, then 150 us in which others may have the core: longer than phases differ, and than Python takes
+  // between two layers. Waking a sleeper takes tens of microseconds; hundreds of phases make a step.
+  static constexpr int kSpins = 100, kYields = 400;
+
   alignas(128) std::atomic<uint32_t> value_{0};
   std::atomic<uint32_t> num_sleeping_{0};
 };
@@ -80,14 +88,11 @@ class Pool {
       num_here_.store(0, std::memory_order_relaxed);
       met_.advance();
     } else {
-      met_.wait(seen, kBarrierSpins);
+      met_.wait(seen);
     }
   }
 
  private:
-  // About 20 us and 100 us of pauses: longer than phases differ, and than Python takes between two layers.
-  static constexpr int kBarrierSpins = 400, kIdleSpins = 2000;
-
   void serve(int id, int core) {
     if (core >= 0) {
       cpu_set_t set;
@@ -96,7 +101,7 @@ class Pool {
       pthread_setaffinity_np(pthread_self(), sizeof(set), &set);
     }
     for (uint32_t seen = 0;; seen++) {
-      start_.wait(seen, kIdleSpins);
+      start_.wait(seen);
       if (stop_) return;
       fn_(context_, id);
       barrier();

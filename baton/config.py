@@ -67,9 +67,8 @@ class EngineSection(_Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     block_size: int = Field(default=16, ge=16, le=256, multiple_of=16)
     kv_dtype: Literal["auto", "fp8"] = "auto"  # auto: as the model; fp8: e4m3, one byte, on CUDA only
-    kv_cache_bytes: Annotated[Bytes, Field(ge=1)] | None = (
-        None  # per rank; None: 64 x max_model_len tokens, at most 1 GiB
-    )
+    # per rank; None: 64 x max_model_len tokens, at most 1 GiB
+    kv_cache_bytes: Annotated[Bytes, Field(ge=1)] | None = None
     max_num_seqs: int = Field(default=256, ge=1, le=4096)
     max_num_batched_tokens: int = Field(default=512, ge=16, le=65536)
     scheduling: Literal["decode_first", "prefill_first"] = "decode_first"  # who goes first into a step's token budget

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from baton import __version__
 from baton.config import Config, RouterSection
 from cluster.site import OWN_ADDRESS
-from cluster.status import number_formats
+from cluster.status import formats_text
 from cluster.topology import FRONT, ROUTER, ModelChoice, WorkerPlan
 from cluster.waterfall import size
 
@@ -96,7 +96,7 @@ def banner(
     http_url = routers[0].get("http_url", "")
     rows = [
         ("", f"Baton {__version__} serves {model.name}, ready after {start_up.total_s or 0.0:.1f} s"),
-        ("model", f"{model.path}  ({number_formats(numbers)})" if numbers else "simulated"),
+        ("model", f"{model.path}  ({formats_text(numbers)})" if numbers else "simulated"),
         ("workers", _shape(workers, config)),
         *((plan.worker_id, _worker(plan, facts[plan.worker_id])) for plan in workers),
         *([("kv", _links(links))] if links else []),

@@ -32,7 +32,7 @@ def describe(status: Mapping[str, Any], url: str) -> str:
     if "uptime_s" in router:
         head += f", up {_duration(router['uptime_s'])}, {router.get('requests_in_flight', 0)} requests in flight"
     if "dtype" in (facts := router.get("status", {})):
-        head += f"; {number_formats(facts)}"
+        head += f"; {formats_text(facts)}"
     workers = {worker["worker_id"]: worker for worker in status.get("workers", ())}
     units = {
         name: unit for name, unit in status.get("server", {}).get("units", {}).items() if not name.startswith("router")
@@ -41,7 +41,7 @@ def describe(status: Mapping[str, Any], url: str) -> str:
     return "\n".join([head, "", *_table([_COLUMNS, *rows])])
 
 
-def number_formats(numbers: Mapping[str, Any]) -> str:
+def formats_text(numbers: Mapping[str, Any]) -> str:
     """What a server computes in, from topology.number_formats."""
     weights = f", weights in {numbers['quantization']}" if numbers["quantization"] else ""
     return f"{numbers['dtype']}{weights}, KV in {numbers['kv_dtype']}"

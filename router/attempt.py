@@ -27,7 +27,7 @@ from baton.request import AttemptId, RequestId, SamplingParams, TokenEvent
 from protos import worker_pb2 as pb
 from router.codec import event_from_proto, sampling_to_proto
 from router.fleet import Fleet
-from router.placement import Group, Placement, WorkerKey, another_decode
+from router.placement import Group, KVPath, Placement, WorkerKey, redirect
 from router.timeline import AttemptRecord, Timeline
 from router.worker_link import WorkerLink
 
@@ -55,7 +55,8 @@ class Attempt:
     With two workers the first token comes from the prefill worker and the others from the decode worker, each on its
     own stream. From the decode worker's first token on, the prefill worker is not needed any more. A decode worker
     without room is replaced by another one; without any, the KV stays at the prefill worker until there is room. A
-    decode worker that the KV did not reach is not asked again; a prefill worker that reaches none is given up.
+    decode worker that the KV did not reach is not asked again; a prefill worker that reaches none is given up. What an
+    attempt learns of this, the fleet remembers for the others.
     """
 
     def __init__(
@@ -96,6 +97,8 @@ class Attempt:
         self._on_settled: Callable[[], None] | None = None
         self.blamed: set[WorkerKey] = set()
         """Once it has failed: the workers that a next attempt should avoid."""
+        self.is_moved = False
+        """It failed before it had begun, and by nothing that was tried for it."""
 
     # ---- the consumer
 
@@ -113,6 +116,7 @@ class Attempt:
         start.open(self.id, self, prefill_tokens=num_tokens, kv_tokens=num_tokens if is_local else 0)
         if not is_local:
             decode.open(self.id, self, prefill_tokens=0, kv_tokens=num_tokens)
+            self._fleet.kv_leaves(KVPath(start.key, decode.key))
         now = self._clock.now()
         prefill_worker = "" if is_local else start.worker_id
         self._record = self._work.timeline.attempt(prefill_worker, decode.worker_id, now)
@@ -183,7 +187,7 @@ class Attempt:
 
     def on_token(self, link: WorkerLink, token: pb.Token) -> None:
         """A token of either worker; a repeated one is dropped, a missing one fails the attempt."""
-        if self._is_closed or self._is_finished or self._error is not None:
+        if self._is_over:
             return
         if link is self._start:
             expected = self._base + self._from_start
@@ -210,6 +214,8 @@ class Attempt:
             self._from_decode += 1
             if self._from_decode == 1 and self._start is not None:
                 self._start.released(self.id)
+                if (path := self._path) is not None:
+                    self._fleet.kv_arrived(path)
             (self._ready if self._from_start else self._early).append(event)
             if not self._from_start:
                 return
@@ -231,6 +237,9 @@ class Attempt:
             else:
                 self.blamed = {link.key}
             self._fail(error)
+            path = self._path
+            if isinstance(error, TransferError) and link is self._decode and path is not None:
+                self._fleet.kv_did_not_arrive(path, failed.message)
         self._settle_if_silent()
 
     def on_lost(self, link: WorkerLink, error: WorkerLost) -> None:
@@ -249,14 +258,22 @@ class Attempt:
         if refused.code == LayoutMismatch.code:
             self._fail(LayoutMismatch(refused.message))
             return
-        is_unreachable = refused.code == TransferError.code
+        is_unreachable, path = refused.code == TransferError.code, self._path
         if decode.hello is not None:
             (self._unreachable if is_unreachable else self._refused).add(decode.key)
         self._speaking.discard(decode)
         decode.close(self.id)
         self._decode = None
         self._num_refusals += not is_unreachable
+        if is_unreachable and path is not None:
+            self._fleet.kv_did_not_arrive(path, refused.message)
         self._redirect()
+
+    def on_path_broken(self, path: KVPath) -> None:
+        """Another attempt's KV did not get through: one that waits to begin there need not find out by itself."""
+        if path == self._path and not self._is_over and not self._from_start and not self._from_decode:
+            self.is_moved = True
+            self._fail(TransferError(f"KV does not get from {path.prefill.worker_id} to {path.decode.worker_id}."))
 
     def on_timeline(self, link: WorkerLink, timeline: pb.Timeline) -> None:
         """What a worker measured."""
@@ -288,32 +305,45 @@ class Attempt:
             decode_peer=None if decode is None else _peer(decode),
         )
 
+    @property
+    def _is_over(self) -> bool:
+        return self._is_closed or self._is_finished or self._error is not None
+
     def _needs(self, link: WorkerLink) -> bool:
         """Can the attempt not end well without `link`?"""
-        if self._is_closed or self._is_finished or self._error is not None:
+        if self._is_over:
             return False
         if link is self._decode:
             return True
         return link is self._start and not (self._from_start and self._from_decode)
 
+    @property
+    def _path(self) -> KVPath | None:
+        """What the KV takes; None: it stays where it is, or one of the two is gone."""
+        start, decode = self._start, self._decode
+        if start is None or decode is None or start is decode or start.hello is None or decode.hello is None:
+            return None
+        return KVPath(start.key, decode.key)
+
     def _redirect(self) -> None:
         """Hand the pinned KV to a decode worker that has not refused; wait if all have for lack of room."""
-        if self._is_closed or self._error is not None or self._is_finished:
+        if self._is_over:
             return
         start, fleet = self._start, self._fleet
         if start is None or start.hello is None:
             return  # on_lost has said so
-        views, here = fleet.views(), start.view()
-        key = another_decode(views, here, self._refused | self._unreachable)
-        if key is None and another_decode(views, here, self._unreachable) is None:
-            if another_decode(views, here, ()) is None:
-                self.blamed = set(self._refused)
-                self._fail(Unavailable("No decode worker is left."))
-            else:  # others may reach them
-                self.blamed = {start.key}
-                self._fail(TransferError(f"Worker {start.worker_id} reached no decode worker."))
+        found = redirect(
+            fleet.views(),
+            start.view(),
+            refused=self._refused,
+            unreachable=self._unreachable,
+            broken=fleet.avoided_paths(),
+        )
+        if found.error is not None:
+            self.blamed = set(found.blamed)
+            self._fail(found.error)
             return
-        link = None if key is None else fleet.link(key)
+        link = fleet.link(found.decodes[0]) if found.decodes else None
         if link is None:
             self._refused.clear()
             low, high = _REDIRECT_BACKOFF_S
@@ -323,6 +353,7 @@ class Attempt:
         self._decode = link
         self._speaking.add(link)
         link.open(self.id, self, prefill_tokens=0, kv_tokens=len(self._token_ids))
+        fleet.kv_leaves(KVPath(start.key, link.key))
         assert self._record is not None
         self._record.decode_worker = link.worker_id
         start.send(pb.RouterMessage(redirect=pb.Redirect(attempt_id=self.id, decode_peer=_peer(link))))

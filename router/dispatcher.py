@@ -1,7 +1,8 @@
 """One request from placement to its last token, over as many attempts as it takes. Knows tokens, not text.
 
-The router owns attempts: at most `max_attempts` that fail, one at a time, each fenced by its attempt id. Tokens are
-delivered strictly by index, and a new attempt gets the delivered ones as input: it repeats none and misses none.
+The router owns attempts: at most `max_attempts` that fail, one at a time, each fenced by its attempt id. One that met a
+lack of room, or was taken back before it had begun, does not count. Tokens are delivered strictly by index, and a new
+attempt gets the delivered ones as input: it repeats none and misses none.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ class Generation:
                         return
             except ServeError as error:
                 is_overloaded = isinstance(error, Overloaded)
-                failures += not is_overloaded
+                failures += not (is_overloaded or attempt.is_moved)
                 is_over = self._is_closed or dispatcher.clock.now() > work.deadline - _TOO_LATE_S
                 if is_over or failures >= dispatcher.max_attempts or not (error.retryable or is_overloaded):
                     raise
@@ -151,6 +152,7 @@ class Generation:
                 len(tokens),
                 cached_tokens=fleet.cached_tokens(chain),
                 avoid=avoid,
+                broken=fleet.avoided_paths(),
                 group=group,
                 local_prefill_max_tokens=dispatcher.local_prefill_max_tokens,
             )

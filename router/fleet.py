@@ -6,6 +6,7 @@ Knows sessions only through their links; knows no text and no retries. Event loo
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, Final
 
@@ -13,8 +14,11 @@ from baton.auth import worker_token
 from baton.clock import Clock
 from baton.prefix_hash import PrefixHasher
 from baton.tls import ClusterIdentity
-from router.placement import Placement, WorkerKey, WorkerView
+from router.placement import KVPath, Placement, WorkerKey, WorkerView
+from router.reachability import Reachability
 from router.worker_link import WorkerLink
+
+logger = logging.getLogger("router")
 
 _MAX_CHAIN_UNITS: Final = 256  # of a prompt's prefix that placement looks at
 
@@ -34,6 +38,7 @@ class Fleet:
     ) -> None:
         """`identity`: sessions are encrypted. `spawn` starts a session's task. `on_change` hears of all that may matter to `why_not_serving`."""
         self.links: dict[str, WorkerLink] = {}
+        self.reachability = Reachability()
         self.changed = asyncio.Event()  # set at each change; who waits clears it first
         self._secret = secret
         self._token = worker_token(secret)
@@ -129,8 +134,38 @@ class Fleet:
             if chain and (link := self.link(key)) is not None:
                 link.prefixes.record(chain)
 
+    def avoided_paths(self) -> frozenset[KVPath]:
+        """By which no KV should be sent, because it did not get through lately."""
+        return self.reachability.avoided(self._clock.now())
+
+    def kv_leaves(self, path: KVPath) -> None:
+        """An attempt's KV is to take this path."""
+        self.reachability.trying(self._clock.now(), path)
+
+    def kv_arrived(self, path: KVPath) -> None:
+        """An attempt's KV got through."""
+        if self.reachability.worked(path):
+            logger.info("kv path works again", extra=_names(path))
+
+    def kv_did_not_arrive(self, path: KVPath, reason: str) -> None:
+        """An attempt's KV did not get through. Others that wait to take this path hear of it."""
+        if self.reachability.failed(self._clock.now(), path):
+            logger.warning("kv path broken", extra={**_names(path), "reason": reason})
+        if (link := self.link(path.prefill)) is not None:
+            link.path_broke(path)
+
+    def _is_current(self, key: WorkerKey) -> bool:
+        """May this start of a worker still be running?"""
+        link = self.links.get(key.worker_id)
+        return link is not None and (link.hello is None or link.key == key)
+
     def _on_change(self) -> None:
+        self.reachability.keep(self._is_current)
         if self.links and all(link.hello is not None for link in self.links.values()):
             self._was_complete = True
         self.changed.set()
         self._notify()
+
+
+def _names(path: KVPath) -> dict[str, str]:
+    return {"prefill_worker": path.prefill.worker_id, "decode_worker": path.decode.worker_id}

@@ -140,11 +140,18 @@ class Metrics:
             ("baton_generated_tokens", "Tokens delivered.", self._generated_tokens),
             ("baton_attempts", "Attempts of finished requests; more than requests means fail-over.", self._attempts),
             ("baton_admission_refusals", "Requests refused for lack of room.", self._admission.num_refused),
+            ("baton_kv_unreachable", "Hand-overs whose KV did not reach the decode worker.", self._fleet.reachability.num_failures),
             ("baton_stale_tokens", "Tokens of attempts that were over.", sum(link.num_stale_tokens for link in self._fleet.links.values())),
         ):  # fmt: skip
             yield _counters(name, help_text, [], [([], value)])
         yield _gauges("baton_requests_in_flight", "Generations running.", [], [([], self._admission.num_admitted)])
         yield _gauges("baton_serving", "1 if requests can be served.", [], [([], self._fleet.why_not_serving is None)])
+        yield _gauges(
+            "baton_kv_paths_broken",
+            "Pairs of workers between which KV did not get through and has not since.",
+            [],
+            [([], len(self._fleet.reachability))],
+        )
         views = self._fleet.views()
         for name, help_text, values in (
             ("baton_worker_up", "1 per connected worker.", [1 for _ in views]),

@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
+from baton.errors import ServeError, TransferError, Unavailable
 from baton.kv_layout import UNIT_TOKENS
 
 _PREFILL_ROLES: Final = ("prefill", "mixed")
@@ -20,6 +21,13 @@ class WorkerKey(NamedTuple):
 
     worker_id: str
     incarnation: str
+
+
+class KVPath(NamedTuple):
+    """What KV takes from one worker to another."""
+
+    prefill: WorkerKey
+    decode: WorkerKey
 
 
 class Group(NamedTuple):
@@ -74,6 +82,7 @@ def place(
     *,
     cached_tokens: Mapping[WorkerKey, int] | None = None,
     avoid: Collection[WorkerKey] = (),
+    broken: Collection[KVPath] = (),
     group: Group | None = None,
     local_prefill_max_tokens: int = 0,
 ) -> Placement | None:
@@ -82,7 +91,8 @@ def place(
     Prefill goes where queue + uncached prompt is shortest. Decode goes where there is room for the prompt's KV, then
     to the emptiest. The decode worker prefills by itself if nobody else can or if the uncached prompt has at most
     `local_prefill_max_tokens`. Avoided workers are used only where nobody else is left; for prefill never, as long as
-    a decode worker is there. `group` pins the model that began the request, and what its KV is stored as.
+    a decode worker is there; the same holds for prefill workers from which every path is `broken`. `group` pins the
+    model that began the request, and what its KV is stored as.
     """
     cached = cached_tokens or {}
     usable = [view for view in fleet if not view.is_draining and group in (None, view.group)]
@@ -103,9 +113,13 @@ def place(
 
     def decode_cost(view: WorkerView) -> tuple[object, ...]:
         load = decode_load(view)
-        return view.key in avoid, load, view.num_seqs if load == math.inf else view.num_routed, view.key
+        return load, view.num_seqs if load == math.inf else view.num_routed, view.key
+
+    def is_open(prefiller: WorkerView, decoder: WorkerView) -> bool:
+        return decoder.group == prefiller.group and KVPath(prefiller.key, decoder.key) not in broken
 
     decoders = sorted((view for view in usable if view.role in _DECODE_ROLES), key=decode_cost)
+    decoders = [view for view in decoders if view.key not in avoid] or decoders
     prefillers = sorted(
         (view for view in usable if view.role in _PREFILL_ROLES and view.key not in avoid), key=prefill_cost
     )
@@ -114,31 +128,63 @@ def place(
         return Placement(decode=rest[0].key) if rest else None
     if uncached(decoders[0]) <= local_prefill_max_tokens:
         return Placement(decode=decoders[0].key)
+    pairs = []
     for prefiller in prefillers:
-        peers = [view for view in decoders if view.group == prefiller.group]
-        if not peers:
-            continue
-        best = peers[0]
-        if prefiller.role == "mixed" and decode_load(prefiller) <= decode_load(best) + _TRANSFER_LOAD:
-            best = prefiller
-        return Placement(decode=best.key, prefill=None if best is prefiller else prefiller.key)
-    return Placement(decode=decoders[0].key)
+        best = next((view for view in decoders if is_open(prefiller, view)), None)
+        if best is not None:
+            pairs.append((prefiller, best))
+    if not pairs:
+        return Placement(decode=decoders[0].key)
+    # The shortest queue, unless its open paths lead only to where there is no room.
+    prefiller, best = min(pairs, key=lambda pair: decode_load(pair[1]) == math.inf)
+    if prefiller.role == "mixed" and decode_load(prefiller) <= decode_load(best) + _TRANSFER_LOAD:
+        best = prefiller
+    return Placement(decode=best.key, prefill=None if best is prefiller else prefiller.key)
 
 
-def another_decode(fleet: Sequence[WorkerView], prefill: WorkerView, avoid: Collection[WorkerKey]) -> WorkerKey | None:
-    """A further decode worker for KV that is pinned at `prefill`; None if all are in `avoid`."""
-    peers = [
+@dataclass(frozen=True, slots=True)
+class Redirect:
+    """What becomes of KV that is pinned at a prefill worker: to one of `decodes`, or the attempt fails with `error`.
+
+    Neither: all who can be reached have said that they have no room; ask them again a little later.
+    """
+
+    decodes: tuple[WorkerKey, ...] = ()
+    """The best one first."""
+    error: ServeError | None = None
+    blamed: frozenset[WorkerKey] = frozenset()
+    """Whom a next attempt should avoid."""
+
+
+def redirect(
+    fleet: Sequence[WorkerView],
+    prefill: WorkerView,
+    *,
+    refused: Collection[WorkerKey],
+    unreachable: Collection[WorkerKey],
+    broken: Collection[KVPath] = (),
+) -> Redirect:
+    """Where KV that is pinned at `prefill` goes after `refused` had no room and it did not get to `unreachable`.
+
+    A prefill worker from which no path is left that is not `broken` is the one to avoid: others may reach them.
+    """
+    others = [
         view
         for view in fleet
         if view.role in _DECODE_ROLES
         and view.group == prefill.group
-        and view.key not in avoid
         and view.key != prefill.key
         and not view.is_draining
     ]
-    if not peers:
-        return None
-    return min(peers, key=lambda view: (-view.num_free_blocks * view.block_size, view.num_seqs, view.key)).key
+    if not others:
+        return Redirect(error=Unavailable("No decode worker is left."), blamed=frozenset(refused))
+    reachable = [view for view in others if view.key not in unreachable and KVPath(prefill.key, view.key) not in broken]
+    if not reachable:
+        error = TransferError(f"Worker {prefill.key.worker_id} reached no decode worker.")
+        return Redirect(error=error, blamed=frozenset({prefill.key}))
+    fresh = [view for view in reachable if view.key not in refused]
+    fresh.sort(key=lambda view: (-view.num_free_blocks * view.block_size, view.num_seqs, view.key))
+    return Redirect(tuple(view.key for view in fresh))
 
 
 class PrefixMemory:

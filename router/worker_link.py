@@ -22,7 +22,7 @@ from baton.process import clock_id
 from baton.tls import SERVER_NAME, ClusterIdentity
 from protos import worker_pb2 as pb
 from protos.worker_pb2_grpc import WorkerStub
-from router.placement import PrefixMemory, WorkerKey, WorkerView
+from router.placement import KVPath, PrefixMemory, WorkerKey, WorkerView
 
 logger = logging.getLogger("router")
 
@@ -54,6 +54,10 @@ class AttemptSink(Protocol):
     def on_refused(self, link: WorkerLink, refused: pb.ReserveRefused) -> None: ...
 
     def on_timeline(self, link: WorkerLink, timeline: pb.Timeline) -> None: ...
+
+    def on_path_broken(self, path: KVPath) -> None:
+        """Another attempt's KV did not get through, from this worker."""
+        ...
 
     def on_lost(self, link: WorkerLink, error: WorkerLost) -> None:
         """The worker is dead; `link` has forgotten the attempt."""
@@ -149,6 +153,11 @@ class WorkerLink:
         """Forget an attempt. Idempotent."""
         self.released(attempt_id)
         self._sinks.pop(attempt_id, None)
+
+    def path_broke(self, path: KVPath) -> None:
+        """KV does not get from here to `path.decode`: all open attempts hear of it."""
+        for sink in list(self._sinks.values()):
+            sink.on_path_broken(path)
 
     def send(self, message: pb.RouterMessage) -> None:
         """Put a message into the outbox; dropped if the worker is gone (its attempts have heard so)."""

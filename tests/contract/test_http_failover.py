@@ -200,6 +200,26 @@ def test_x1_a_decode_worker_that_the_kv_did_not_reach_is_not_asked_again() -> No
     run(two_pairs(p0=Script(cut_off_from=("d0",)), d1=Script(refuse=3)), scenario)
 
 
+def test_x1_the_next_requests_go_around_and_operators_see_it() -> None:
+    async def scenario(here: Site) -> None:
+        for _ in range(4):  # idle decode workers take turns
+            assert await streamed(here) == (EXPECTED, "length")
+            assert await attempts(here) == 1
+        assert len(here.cluster.workers["d0"].reserved) == 1
+        metrics = (await here.http.get("/metrics")).text
+        assert "baton_kv_unreachable_total 1.0" in metrics
+        assert "baton_kv_paths_broken 1.0" in metrics
+
+    def make() -> FakeCluster:
+        cluster = FakeCluster()
+        cluster.add("p0", "prefill", script=Script(cut_off_from=("d0",)))
+        cluster.add("d0", "decode")
+        cluster.add("d1", "decode")
+        return cluster
+
+    run(make, scenario)
+
+
 def test_x1_a_prefill_worker_that_reaches_no_decode_worker_is_given_up_at_once() -> None:
     async def scenario(here: Site) -> None:
         assert await streamed(here) == (EXPECTED, "length")

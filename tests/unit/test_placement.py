@@ -8,7 +8,8 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.placement import Group, Placement, PrefixMemory, WorkerKey, WorkerView, another_decode, place
+from baton.errors import TransferError, Unavailable
+from router.placement import Group, KVPath, Placement, PrefixMemory, WorkerKey, WorkerView, place, redirect
 
 
 def view(name: str, role: str = "", **fields: Any) -> WorkerView:
@@ -122,11 +123,69 @@ def test_avoided_workers_are_used_only_where_nobody_else_is_left() -> None:
     assert names(place([p0], 100, avoid={p0.key})) == (None, "p0")
 
 
-def test_another_decode_worker_is_one_that_has_not_refused() -> None:
+def paths(*pairs: tuple[str, str]) -> set[KVPath]:
+    return {KVPath(WorkerKey(prefill, "1"), WorkerKey(decode, "1")) for prefill, decode in pairs}
+
+
+def test_a_broken_path_is_gone_around() -> None:
+    p0, p1, d0, d1 = view("p0"), view("p1", num_waiting_tokens=500), view("d0"), view("d1", num_free_blocks=50)
+    fleet = [p0, p1, d0, d1]
+    assert names(place(fleet, 100)) == ("p0", "d0")
+    assert names(place(fleet, 100, broken=paths(("p0", "d0")))) == ("p0", "d1")
+    assert names(place(fleet, 100, broken=paths(("p0", "d0"), ("p0", "d1")))) == ("p1", "d0"), "p0 reaches nobody"
+    assert names(place(fleet, 100, broken=paths(("p0", "d0"), ("p0", "d1"), ("p1", "d0")))) == ("p1", "d1")
+
+
+def test_where_every_path_is_broken_the_decode_worker_prefills() -> None:
+    assert names(place([view("p0"), view("d0")], 100, broken=paths(("p0", "d0")))) == (None, "d0")
+
+
+def test_a_mixed_worker_that_reaches_nobody_keeps_what_it_prefills() -> None:
+    full, idle = view("m0", num_free_blocks=0), view("m1", num_waiting_tokens=1000)
+    assert names(place([full, idle], 100)) == ("m0", "m1")
+    assert names(place([view("m0"), view("d0", num_free_blocks=0)], 100, broken=paths(("m0", "d0")))) == (None, "m0")
+
+
+def test_an_open_path_to_a_full_worker_is_not_worth_a_shorter_queue() -> None:
+    p0, p1, d0, d1 = view("p0"), view("p1", num_waiting_tokens=500), view("d0", num_free_blocks=0), view("d1")
+    assert names(place([p0, p1, d0, d1], 100, broken=paths(("p0", "d1")))) == ("p1", "d1")
+
+
+def test_an_avoided_worker_is_not_used_because_the_path_to_it_is_open() -> None:
+    fleet = [view("p0"), view("d0"), view("d1")]
+    assert names(place(fleet, 100, avoid={WorkerKey("d1", "1")}, broken=paths(("p0", "d0")))) == (None, "d0")
+
+
+def test_refused_kv_goes_to_the_emptiest_that_has_not_refused() -> None:
     p0, d0, d1, d2 = view("p0"), view("d0"), view("d1", num_free_blocks=5), view("d2", num_free_blocks=9)
-    assert d2.key == another_decode([p0, d0, d1, d2], p0, {d0.key})
-    assert another_decode([p0, d0], p0, {d0.key}) is None
-    assert another_decode([p0, view("d3", fingerprint="g"), view("d4", is_draining=True)], p0, ()) is None
+    fleet = [p0, d0, d1, d2]
+    assert redirect(fleet, p0, refused={d0.key}, unreachable=()).decodes == (d2.key, d1.key)
+    assert redirect(fleet, p0, refused={d2.key}, unreachable={d0.key}).decodes == (d1.key,)
+    assert redirect(fleet, p0, refused=(), unreachable={d0.key}, broken=paths(("p0", "d2"))).decodes == (d1.key,)
+
+
+def test_refused_by_all_who_can_be_reached_kv_waits_for_room() -> None:
+    p0, d0, d1 = view("p0"), view("d0"), view("d1")
+    found = redirect([p0, d0, d1], p0, refused={d0.key}, unreachable={d1.key})
+    assert (found.decodes, found.error) == ((), None)
+    found = redirect([p0, d0, d1], p0, refused={d0.key}, unreachable=(), broken=paths(("p0", "d1")))
+    assert (found.decodes, found.error) == ((), None)
+
+
+def test_x1_kv_that_reaches_nobody_is_given_up_and_its_worker_blamed() -> None:
+    p0, d0, d1 = view("p0"), view("d0"), view("d1")
+    for unreachable, broken in (({d0.key, d1.key}, ()), ({d0.key}, paths(("p0", "d1")))):
+        found = redirect([p0, d0, d1], p0, refused=(), unreachable=unreachable, broken=broken)
+        assert isinstance(found.error, TransferError)
+        assert (found.decodes, found.blamed) == ((), {p0.key})
+
+
+def test_without_another_decode_worker_of_the_group_the_attempt_fails() -> None:
+    p0, d0 = view("p0"), view("d0", is_draining=True)
+    found = redirect([p0, d0, view("d1", fingerprint="g"), view("p1")], p0, refused={d0.key}, unreachable=())
+    assert isinstance(found.error, Unavailable)
+    assert not isinstance(found.error, TransferError)
+    assert found.blamed == {d0.key}
 
 
 workers = st.builds(
@@ -153,6 +212,58 @@ def test_whoever_can_serve_does_and_pairs_always_match(fleet: list[WorkerView], 
             assert not prefill.is_draining
             assert prefill.group == decode.group
             assert prefill.key != decode.key
+
+
+keys = st.builds(WorkerKey, st.sampled_from(["p0", "p1", "d0", "d1", "m0", "m1"]), st.just("1"))
+
+
+@given(
+    fleet=st.lists(workers, unique_by=lambda v: v.key),
+    tokens=st.integers(1, 2000),
+    avoid=st.sets(keys, max_size=3),
+    broken=st.sets(st.builds(KVPath, keys, keys)),
+)
+def test_broken_paths_are_never_taken_and_never_leave_nobody(
+    fleet: list[WorkerView], tokens: int, avoid: set[WorkerKey], broken: set[KVPath]
+) -> None:
+    without, placement = place(fleet, tokens, avoid=avoid), place(fleet, tokens, avoid=avoid, broken=broken)
+    assert (placement is None) == (without is None)
+    if placement is None or without is None:
+        return
+    assert placement.prefill is None or KVPath(placement.prefill, placement.decode) not in broken
+    assert (placement.decode in avoid) <= (without.decode in avoid)
+    if placement.prefill is None and placement.decode.worker_id[0] == "d":
+        usable = [v for v in fleet if not v.is_draining and (v.key not in avoid or placement.decode in avoid)]
+        open_pairs = [
+            (p.key, d.key)
+            for p in usable
+            for d in usable
+            if p.role != "decode" and p.key not in avoid and d.role != "prefill" and p.group == d.group
+            if KVPath(p.key, d.key) not in broken
+        ]
+        assert open_pairs == [], "it could have been given KV"
+
+
+@given(
+    fleet=st.lists(workers, min_size=1, unique_by=lambda v: v.key),
+    refused=st.sets(keys),
+    unreachable=st.sets(keys),
+    broken=st.sets(st.builds(KVPath, keys, keys)),
+)
+def test_a_redirect_names_only_who_may_be_asked(
+    fleet: list[WorkerView], refused: set[WorkerKey], unreachable: set[WorkerKey], broken: set[KVPath]
+) -> None:
+    start = fleet[0]
+    found = redirect(fleet, start, refused=refused, unreachable=unreachable, broken=broken)
+    by_key = {v.key: v for v in fleet}
+    for key in found.decodes:
+        assert key not in refused | unreachable | {start.key}
+        assert KVPath(start.key, key) not in broken
+        assert not by_key[key].is_draining
+        assert by_key[key].group == start.group
+    assert not (found.decodes and found.error)
+    again = redirect(fleet, start, refused=(), unreachable=unreachable, broken=broken)
+    assert bool(again.decodes) == (found.error is None), "who waits, waits for somebody"
 
 
 def test_prefixes_are_remembered_up_to_a_capacity_shared_beginnings_longest() -> None:

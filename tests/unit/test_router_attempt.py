@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from baton.clock import SystemClock
+from baton.clock import Clock, SystemClock
 from baton.errors import Cancelled, LayoutMismatch, Overloaded, ServeError, TransferError, Unavailable, WorkerLost
 from baton.request import AttemptId, RequestId, SamplingParams
 from protos import worker_pb2 as pb
 from router.attempt import Attempt, Work
 from router.fleet import Fleet
-from router.placement import Placement, WorkerKey
+from router.placement import KVPath, Placement, WorkerKey
 from router.timeline import Timeline
 from router.worker_link import WorkerLink
 
@@ -42,17 +42,22 @@ class Stage:
     delivered: list[int] = field(default_factory=list)
     is_local: bool = False
     max_unread_tokens: int = 100
+    clock: Clock = field(default_factory=SystemClock)
 
     def __post_init__(self) -> None:
         self.p, self.d, self.d2 = link("p", "prefill"), link("d", "decode"), link("d2", "decode")
-        self.fleet = Fleet(secret=b"s" * 16, router_id="r", clock=SystemClock(), spawn=_no_task, on_change=_nothing)
+        self.fleet = Fleet(secret=b"s" * 16, router_id="r", clock=self.clock, spawn=_no_task, on_change=_nothing)
         self.fleet.links = {"p": self.p, "d": self.d, "d2": self.d2}
         self.timeline = Timeline("r", 0.0)
-        clock = SystemClock()
-        work = Work(RequestId("r"), [7, 8, 9], SamplingParams(max_tokens=COUNT), clock.now() + 60, self.timeline)
-        self.attempt = Attempt(ID, work, self.delivered, self.fleet, clock, max_unread_tokens=self.max_unread_tokens)
         key = WorkerKey("d", "1")
-        self.attempt.begin(Placement(key) if self.is_local else Placement(key, WorkerKey("p", "1")))
+        self.attempt = self.begin(ID, Placement(key) if self.is_local else Placement(key, WorkerKey("p", "1")))
+
+    def begin(self, attempt_id: AttemptId, placement: Placement) -> Attempt:
+        work = Work(RequestId("r"), [7, 8, 9], SamplingParams(max_tokens=COUNT), self.clock.now() + 60, self.timeline)
+        unread = self.max_unread_tokens
+        attempt = Attempt(attempt_id, work, self.delivered, self.fleet, self.clock, max_unread_tokens=unread)
+        attempt.begin(placement)
+        return attempt
 
     def token(self, index: int) -> pb.Token:
         return pb.Token(
@@ -269,6 +274,100 @@ def test_x1_the_prefill_worker_is_blamed_when_the_kv_reached_nobody() -> None:
         assert isinstance(stage.received()[1], TransferError)
         assert stage.attempt.blamed == {WorkerKey("p", "1")}
         assert stage.sent(stage.p) == ["start", "redirect", "abort"]
+
+    on_loop(scenario)
+
+
+P_D, P_D2 = (KVPath(WorkerKey("p", "1"), WorkerKey(name, "1")) for name in ("d", "d2"))
+
+
+def test_kv_that_did_not_arrive_is_remembered_until_some_does() -> None:
+    def scenario() -> None:
+        stage = Stage()
+        stage.attempt.on_refused(stage.p, refusal("d"))
+        assert stage.fleet.avoided_paths() == frozenset(), "no room is no broken path"
+        stage.attempt.on_refused(stage.p, refusal("d2", TransferError.code))
+        assert stage.fleet.avoided_paths() == {P_D2}
+        other = stage.begin(AttemptId("s/1"), Placement(WorkerKey("d2", "1"), WorkerKey("p", "1")))
+        other.on_token(stage.p, stage.token(0))
+        assert stage.fleet.avoided_paths() == {P_D2}, "the prefill worker's token has not taken the path"
+        other.on_token(stage.d2, stage.token(1))
+        assert stage.fleet.avoided_paths() == frozenset()
+
+    on_loop(scenario)
+
+
+@pytest.mark.parametrize(
+    ("who", "code", "broken"),
+    [("d", TransferError.code, {P_D}), ("d", "unavailable", set()), ("p", TransferError.code, set())],
+)
+def test_a_decode_worker_that_missed_the_kv_has_said_that_the_path_is_broken(
+    who: str, code: str, broken: set[KVPath]
+) -> None:
+    def scenario() -> None:
+        stage = Stage()
+        stage.attempt.on_failed(getattr(stage, who), pb.AttemptFailed(attempt_id=ID, code=code, message="so it is"))
+        assert stage.fleet.avoided_paths() == broken
+
+    on_loop(scenario)
+
+
+def test_a_local_failure_says_nothing_of_paths() -> None:
+    def scenario() -> None:
+        stage = Stage(is_local=True)
+        stage.attempt.on_failed(stage.d, pb.AttemptFailed(attempt_id=ID, code=TransferError.code, message="no"))
+        assert stage.fleet.avoided_paths() == frozenset()
+
+    on_loop(scenario)
+
+
+def test_kv_is_not_redirected_by_a_path_that_others_found_broken() -> None:
+    def scenario() -> None:
+        stage = Stage()
+        stage.fleet.kv_did_not_arrive(P_D2, "silence")
+        stage.attempt.on_refused(stage.p, refusal("d", TransferError.code))
+        assert isinstance(stage.received()[1], TransferError)
+        assert stage.attempt.blamed == {WorkerKey("p", "1")}
+        assert stage.sent(stage.p) == ["start", "abort"]
+
+    on_loop(scenario)
+
+
+def test_when_a_path_breaks_attempts_that_wait_to_take_it_are_taken_back() -> None:
+    def scenario() -> None:
+        stage = Stage()
+        placed = {
+            name: stage.begin(AttemptId(f"{name}/1"), Placement(WorkerKey(decode, "1"), WorkerKey("p", "1")))
+            for name, decode in (("waits", "d"), ("computed", "d"), ("early", "d"), ("elsewhere", "d2"))
+        }
+        placed["computed"].on_token(stage.p, stage.token(0))
+        placed["early"].on_token(stage.d, stage.token(1))
+        stage.attempt.on_refused(stage.p, refusal("d", TransferError.code))
+        assert {name for name, attempt in placed.items() if attempt.is_moved} == {"waits"}
+        with pytest.raises(TransferError):
+            _now(placed["waits"].receive())
+        assert placed["waits"].blamed == set(), "nobody else needs to be avoided"
+        assert [m.abort.attempt_id for m in stage.d._outbox if m.HasField("abort")] == ["waits/1"]
+        assert not stage.attempt.is_moved
+        assert stage.sent(stage.p)[-1] == "redirect", "who found out goes on with what it has"
+
+    on_loop(scenario)
+
+
+def test_a_worker_that_starts_again_has_no_broken_paths() -> None:
+    def scenario() -> None:
+        stage = Stage()
+        stage.fleet.kv_did_not_arrive(P_D, "silence")
+        stage.fleet.kv_did_not_arrive(P_D2, "silence")
+        stage.lose(stage.d)
+        stage.fleet._on_change()
+        assert stage.fleet.avoided_paths() == {P_D, P_D2}, "only its session broke"
+        stage.d.hello = pb.WorkerHello(worker_id="d", incarnation="2", role="decode")
+        stage.fleet._on_change()
+        assert stage.fleet.avoided_paths() == {P_D2}
+        stage.fleet.links.pop("p")
+        stage.fleet._on_change()
+        assert len(stage.fleet.reachability) == 0
 
     on_loop(scenario)
 

@@ -1,6 +1,8 @@
 """A model of the router: sessions, placement, redirect on refusal, retry with the delivered tokens, deadlines, aborts.
 
-It follows router/attempt.py and router/dispatcher.py in what it sends and when it gives up, without HTTP and gRPC.
+It follows router/attempt.py and router/dispatcher.py in what it sends and when it gives up, without HTTP and gRPC. What
+it remembers of broken paths and what it does after a refusal is the product's; among workers that may be chosen it
+chooses at random, which makes more schedules.
 """
 
 from __future__ import annotations
@@ -10,8 +12,10 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
-from baton.errors import Overloaded, ServeError, TransferError, from_code
+from baton.errors import Overloaded, TransferError, Unavailable, WorkerLost, from_code
 from baton.request import AttemptId, FinishReason, GenerateRequest, RequestId, SamplingParams, TokenEvent, attempt_id
+from router.placement import KVPath, WorkerKey, WorkerView, redirect
+from router.reachability import Reachability
 from tests.simulation import history
 from tests.simulation.checker import MAX_FAILED_ATTEMPTS
 from tests.simulation.network import Network
@@ -52,6 +56,29 @@ class Session:
     incoming: deque[list[Any] | None] = field(default_factory=deque)
     attempts: dict[AttemptId, Attempt] = field(default_factory=dict)
 
+    @property
+    def key(self) -> WorkerKey:
+        """As placement names it."""
+        return WorkerKey(self.worker.shape.name, self.worker.incarnation)
+
+    @property
+    def view(self) -> WorkerView:
+        """For placement: idle, whoever it is."""
+        shape = self.worker.shape
+        return WorkerView(
+            key=self.key,
+            role=shape.role,
+            fingerprint="",
+            kv_dtype="",
+            block_size=shape.block_size,
+            num_blocks=shape.num_blocks,
+            max_num_seqs=1,
+            is_draining=self.is_draining,
+            num_waiting_tokens=0,
+            num_seqs=0,
+            num_free_blocks=shape.num_blocks,
+        )
+
 
 @dataclass(eq=False, slots=True)
 class Request:
@@ -68,7 +95,7 @@ class Request:
     delivered: list[int] = field(default_factory=list)
     number: int = 0
     failures: int = 0
-    avoid: dict[str, None] = field(default_factory=dict)
+    avoid: set[WorkerKey] = field(default_factory=set)
     attempt: Attempt | None = None
     is_over: bool = False
 
@@ -87,11 +114,13 @@ class Attempt:
         self._from_start = 0
         self._from_decode = 0
         self._early: list[TokenEvent] = []
-        self._refused: dict[str, None] = {}
-        self._unreachable: dict[str, None] = {}
+        self._refused: set[WorkerKey] = set()
+        self._unreachable: set[WorkerKey] = set()
         """Decode workers to which the KV could not be brought: they are not asked again."""
         self._num_refusals = 0
-        self.blamed: list[str] = []
+        self.is_moved = False
+        """It failed before it had begun, and by nothing that was tried for it."""
+        self.blamed: set[WorkerKey] = set()
 
     def begin(self) -> None:
         """Send it."""
@@ -109,6 +138,8 @@ class Attempt:
             cache_salt=request.salt,
             deadline_s=max(0.0, request.deadline_s - now),
         )
+        if not is_local:
+            self.router.reachability.trying(now, KVPath(self.start.key, self.decode.key))
         peer = None if is_local else codec.pack_peer(self.decode.worker.peer)
         self.router.send(self.start, "start", self.router.name, codec.pack_request(message), peer)
 
@@ -125,7 +156,7 @@ class Attempt:
         if event.index < expected:
             return
         if event.index > expected:
-            self.fail("unavailable", [session.worker.key])
+            self.fail(Unavailable.code, {session.key})
             return
         if session is self.start:
             self._from_start += 1
@@ -133,6 +164,8 @@ class Attempt:
             self._early = []
         else:
             self._from_decode += 1
+            if self._from_decode == 1:
+                self.router.reachability.worked(KVPath(self.start.key, session.key))
             if self._from_start:
                 self._deliver([event])
             else:
@@ -149,14 +182,17 @@ class Attempt:
     def on_failed(self, session: Session, code: str) -> None:
         """A worker gave up."""
         if self._needs(session):
-            both = [peer.worker.key for peer in (self.start, self.decode) if peer is not None]
+            both = {peer.key for peer in (self.start, self.decode) if peer is not None}
             is_transfer = isinstance(from_code(code, ""), TransferError)
-            self.fail(code, both if is_transfer else [session.worker.key])
+            decode = self.decode
+            self.fail(code, both if is_transfer else {session.key})
+            if is_transfer and session is decode and session is not self.start:
+                self._did_not_arrive(session)
 
     def on_lost(self, session: Session) -> None:
         """A worker is dead, or seems so."""
         if self._needs(session):
-            self.fail("worker_lost", [session.worker.key])
+            self.fail(WorkerLost.code, {session.key})
 
     def on_refused(self, worker_id: str, code: str) -> None:
         """The decode worker had no room, or the KV did not get there."""
@@ -166,32 +202,45 @@ class Attempt:
         if not self._needs(decode):
             return
         is_unreachable = code == TransferError.code
-        (self._unreachable if is_unreachable else self._refused)[decode.worker.key] = None
+        (self._unreachable if is_unreachable else self._refused).add(decode.key)
         decode.attempts.pop(self.id, None)
         self.decode = None
         self._num_refusals += not is_unreachable
+        if is_unreachable:
+            self._did_not_arrive(decode)
         self._redirect()
+
+    def _did_not_arrive(self, decode: Session) -> None:
+        """Remember it, and take back what waits to take the same path."""
+        self.router.reachability.failed(self.router.fleet.scheduler.now(), KVPath(self.start.key, decode.key))
+        for attempt in list(self.start.attempts.values()):
+            waits = attempt.start is self.start and attempt.decode is decode
+            if waits and not attempt._from_start and not attempt._from_decode:
+                attempt.is_moved = True
+                attempt.fail(TransferError.code, set())
 
     def _redirect(self) -> None:
         if self.is_closed or self.decode is not None:
             return
-        router = self.router
-        others = [s for s in router.usable("decode") if s is not self.start]
-        reachable = [session for session in others if session.worker.key not in self._unreachable]
-        if not reachable:
-            if others:  # the one who can reach none of them is the one to avoid
-                self.fail(TransferError.code, [self.start.worker.key])
-            else:
-                self.fail("unavailable", list(self._refused))
+        router, now = self.router, self.router.fleet.scheduler.now()
+        others = router.usable("decode")
+        found = redirect(
+            [session.view for session in others],
+            self.start.view,
+            refused=self._refused,
+            unreachable=self._unreachable,
+            broken=router.reachability.avoided(now),
+        )
+        if found.error is not None:
+            self.fail(found.error.code, set(found.blamed))
             return
-        others = reachable
-        fresh = [session for session in others if session.worker.key not in self._refused]
-        if not fresh:
+        if not found.decodes:
             self._refused.clear()
             delay_s = min(0.5, 0.02 * 2.0 ** min(self._num_refusals, 10))
             router.fleet.scheduler.after(delay_s * router.fleet.rng.uniform(0.5, 1.0), self._redirect)
             return
-        self.decode = router.fleet.rng.choice(fresh)
+        self.decode = router.fleet.rng.choice([session for session in others if session.key in found.decodes])
+        router.reachability.trying(now, KVPath(self.start.key, self.decode.key))
         self.decode.attempts[self.id] = self
         router.send(self.start, "redirect", self.id, codec.pack_peer(self.decode.worker.peer))
 
@@ -205,7 +254,7 @@ class Attempt:
         """Is it waiting for a decode worker with room?"""
         return bool(self._num_refusals and not self._from_decode)
 
-    def fail(self, code: str, blamed: list[str]) -> None:
+    def fail(self, code: str, blamed: set[WorkerKey]) -> None:
         """End it; the router decides what follows."""
         if not self.is_closed:
             self.blamed = blamed
@@ -232,6 +281,7 @@ class Router:
         self.name: Final = name
         self.is_dead = False
         self.requests: dict[RequestId, Request] = {}
+        self.reachability: Final = Reachability()
         self._sessions: dict[str, Session] = {}
         self._tick()
 
@@ -256,6 +306,7 @@ class Router:
             key = worker.key
             if key not in self._sessions and not worker.is_stopped and not self._is_cut(worker):
                 session = self._sessions[key] = Session(worker, now)
+                self.reachability.keep(lambda old, new=session.key: old.worker_id != new.worker_id or old == new)  # type: ignore[misc]
                 self.send(session, "router_here", self.name)
         for request in list(self.requests.values()):
             self._advance(request)
@@ -378,14 +429,18 @@ class Router:
         if request.is_over or (request.attempt is not None and not request.attempt.is_closed):
             return
         rng = self.fleet.rng
-        decodes, prefills = self.usable("decode"), self.usable("prefill")
-        decodes = [s for s in decodes if s.worker.key not in request.avoid] or decodes
-        fresh = [s for s in prefills if s.worker.key not in request.avoid]
+        broken = self.reachability.avoided(self.fleet.scheduler.now())
+        decodes = self.usable("decode")
+        decodes = [s for s in decodes if s.key not in request.avoid] or decodes
         if not decodes:
             return  # the next tick tries again, until the deadline
-        decode = rng.choice(decodes)
-        fresh = [s for s in fresh if s is not decode]
-        start = decode if request.is_local or not fresh else rng.choice(fresh)
+        fresh = [s for s in self.usable("prefill") if s.key not in request.avoid]
+        starts = {
+            decode.key: [s for s in fresh if s is not decode and KVPath(s.key, decode.key) not in broken]
+            for decode in decodes
+        }
+        decode = rng.choice([decode for decode in decodes if starts[decode.key]] or decodes)
+        start = decode if request.is_local or not starts[decode.key] else rng.choice(starts[decode.key])
         request.number += 1
         request.attempt = Attempt(self, request, start, decode)
         self.fleet.tell(history.AttemptStarted(self.fleet.scheduler.now(), request.request_id, request.number))
@@ -394,14 +449,15 @@ class Router:
     def attempt_failed(self, attempt: Attempt, code: str) -> None:
         """Another one, or the end."""
         request, now = attempt.request, self.fleet.scheduler.now()
-        error = _error(code)
+        error = from_code(code, "")
         is_overloaded = isinstance(error, Overloaded)
-        request.failures += not is_overloaded
-        self.fleet.tell(history.AttemptFailed(now, request.request_id, request.number, code, not is_overloaded))
+        counts = not is_overloaded and not attempt.is_moved
+        request.failures += counts
+        self.fleet.tell(history.AttemptFailed(now, request.request_id, request.number, code, counts))
         if request.failures >= MAX_FAILED_ATTEMPTS or not (error.retryable or is_overloaded):
             self.end(request, "error", code)
             return
-        request.avoid.update(dict.fromkeys(attempt.blamed))
+        request.avoid |= attempt.blamed
         self.fleet.scheduler.after(0.5 if is_overloaded else 0.0, lambda: self._advance(request))
 
     def _on_deadline(self, request: Request) -> None:
@@ -431,7 +487,3 @@ class Router:
             request.is_over = True
             self.requests.pop(request.request_id, None)
             self.fleet.tell(history.Ended(self.fleet.scheduler.now(), request.request_id, outcome, code))
-
-
-def _error(code: str) -> ServeError:
-    return from_code(code, "")

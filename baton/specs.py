@@ -96,6 +96,8 @@ class RouterSpec:
     drain_s: float = 1.0
     max_attempts: int = 3
     local_prefill_max_tokens: int = 0
+    kv_lease_s: float = 10.0
+    """The lease of KV transfers between workers."""
     trace_capacity: int = 1000
     status: dict[str, Any] = field(default_factory=dict)
     """Static facts for `baton status` (launcher, topology)."""

@@ -261,6 +261,7 @@ class Orders:
             request_timeout_s=router.request_timeout_s,
             max_attempts=router.max_attempts,
             local_prefill_max_tokens=router.local_prefill_max_tokens,
+            kv_lease_s=self._config.transfer.lease_s,
             drain_s=router.drain_s,
             trace_capacity=router.trace_capacity,
             status=status,

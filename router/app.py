@@ -58,6 +58,7 @@ class Router:
             spawn=spawn,
             on_change=self._fleet_changed,
             identity=make_identity(secret) if spec.encrypt else None,
+            kv_lease_s=spec.kv_lease_s,
         )
         self.admission = Admission(spec.max_concurrent_requests)
         self.metrics = Metrics(spec.served_model_name, self.fleet, self.admission)

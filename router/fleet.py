@@ -35,10 +35,11 @@ class Fleet:
         spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]],
         on_change: Callable[[], None],
         identity: ClusterIdentity | None = None,
+        kv_lease_s: float = 10.0,
     ) -> None:
-        """`identity`: sessions are encrypted. `spawn` starts a session's task. `on_change` hears of all that may matter to `why_not_serving`."""
+        """`identity`: sessions are encrypted. `kv_lease_s`: the lease of KV transfers. `spawn` starts a session's task. `on_change` hears of all that may matter to `why_not_serving`."""
         self.links: dict[str, WorkerLink] = {}
-        self.reachability = Reachability()
+        self.reachability = Reachability(kv_lease_s)
         self.changed = asyncio.Event()  # set at each change; who waits clears it first
         self._secret = secret
         self._token = worker_token(secret)

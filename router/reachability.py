@@ -9,11 +9,7 @@ from typing import Final
 
 from router.placement import KVPath, WorkerKey
 
-FIRST_S: Final = 10.0
-"""How long a path is avoided at first. A broken connection is mended at once, and a pair that is alone has to do without
-its transfer meanwhile; a hand-over that can not be made takes two leases, 20 s."""
-MOST_S: Final = 60.0
-"""... and at most: a path that is cut for good costs one request per minute, one that heals is used within a minute."""
+MOST_LEASES: Final = 6
 _CAPACITY: Final = 4096  # paths
 
 
@@ -26,10 +22,16 @@ class _Broken:
 class Reachability:
     """Paths that failed, each avoided for a period. After it one attempt tries the path, and the next period is longer.
 
-    KV that gets through ends it. Times are the caller's, in seconds, and never go back.
+    The first is one lease: a hand-over that can not be made takes two, so trying is the dearer part, while a connection
+    that only broke is soon mended, and a pair that is alone has to do without its transfer meanwhile. The longest is
+    `MOST_LEASES`, so that a path that heals is used again. KV that gets through ends it. Times are the caller's, in
+    seconds, and never go back.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, lease_s: float) -> None:
+        """`lease_s`: the workers'."""
+        self._first_s = lease_s
+        self._most_s = MOST_LEASES * lease_s
         self._paths: OrderedDict[KVPath, _Broken] = OrderedDict()
         self.num_failures = 0
         """Hand-overs that did not get through, ever."""
@@ -51,14 +53,14 @@ class Reachability:
             return False
         if len(self._paths) >= _CAPACITY:
             self._paths.popitem(last=False)
-        self._paths[path] = _Broken(FIRST_S, now + FIRST_S)
+        self._paths[path] = _Broken(self._first_s, now + self._first_s)
         return True
 
     def trying(self, now: float, path: KVPath) -> None:
         """An attempt takes this path. If it failed before, no other follows for a (longer) period, unless this one gets through."""
         broken = self._paths.get(path)
         if broken is not None and now >= broken.until_s:
-            broken.period_s = min(2 * broken.period_s, MOST_S)
+            broken.period_s = min(2 * broken.period_s, self._most_s)
             broken.until_s = now + broken.period_s
 
     def worked(self, path: KVPath) -> bool:

@@ -33,6 +33,8 @@ class Fleet(Protocol):
     scheduler: Scheduler
     rng: random.Random
     network: Network
+    path_lease_s: float
+    """What routers take for the lease."""
 
     def tell(self, event: history.Event) -> None:
         """Write history."""
@@ -281,7 +283,7 @@ class Router:
         self.name: Final = name
         self.is_dead = False
         self.requests: dict[RequestId, Request] = {}
-        self.reachability: Final = Reachability()
+        self.reachability: Final = Reachability(fleet.path_lease_s)
         self._sessions: dict[str, Session] = {}
         self._tick()
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from baton.clock import Clock, SystemClock
+from baton.clock import Clock, ManualClock, SystemClock
 from baton.errors import Cancelled, LayoutMismatch, Overloaded, ServeError, TransferError, Unavailable, WorkerLost
 from baton.request import AttemptId, RequestId, SamplingParams
 from protos import worker_pb2 as pb
@@ -329,6 +329,20 @@ def test_kv_is_not_redirected_by_a_path_that_others_found_broken() -> None:
         assert isinstance(stage.received()[1], TransferError)
         assert stage.attempt.blamed == {WorkerKey("p", "1")}
         assert stage.sent(stage.p) == ["start", "abort"]
+
+    on_loop(scenario)
+
+
+def test_kv_that_is_redirected_tries_a_path_that_was_broken_and_others_wait_for_it() -> None:
+    def scenario() -> None:
+        clock = ManualClock()
+        stage = Stage(clock=clock)
+        stage.fleet.kv_did_not_arrive(P_D2, "silence")
+        clock.advance(10.0)
+        assert stage.fleet.avoided_paths() == frozenset()
+        stage.attempt.on_refused(stage.p, refusal("d"))
+        assert stage.sent(stage.p) == ["start", "redirect"]
+        assert stage.fleet.avoided_paths() == {P_D2}
 
     on_loop(scenario)
 

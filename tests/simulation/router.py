@@ -34,7 +34,7 @@ class Fleet(Protocol):
     rng: random.Random
     network: Network
     path_lease_s: float
-    """What routers take for the lease."""
+    """What routers take for the lease; 0: they forget at once what did not get through."""
 
     def tell(self, event: history.Event) -> None:
         """Write history."""

@@ -200,9 +200,18 @@ def test_x1_a_decode_worker_that_the_kv_did_not_reach_is_not_asked_again() -> No
     run(two_pairs(p0=Script(cut_off_from=("d0",)), d1=Script(refuse=3)), scenario)
 
 
+def one_cut_path() -> FakeCluster:
+    """One prefill worker that does not reach the first of two decode workers; idle ones take turns."""
+    cluster = FakeCluster()
+    cluster.add("p0", "prefill", script=Script(cut_off_from=("d0",)))
+    cluster.add("d0", "decode")
+    cluster.add("d1", "decode")
+    return cluster
+
+
 def test_x1_the_next_requests_go_around_and_operators_see_it() -> None:
     async def scenario(here: Site) -> None:
-        for _ in range(4):  # idle decode workers take turns
+        for _ in range(4):
             assert await streamed(here) == (EXPECTED, "length")
             assert await attempts(here) == 1
         assert len(here.cluster.workers["d0"].reserved) == 1
@@ -210,14 +219,16 @@ def test_x1_the_next_requests_go_around_and_operators_see_it() -> None:
         assert "baton_kv_unreachable_total 1.0" in metrics
         assert "baton_kv_paths_broken 1.0" in metrics
 
-    def make() -> FakeCluster:
-        cluster = FakeCluster()
-        cluster.add("p0", "prefill", script=Script(cut_off_from=("d0",)))
-        cluster.add("d0", "decode")
-        cluster.add("d1", "decode")
-        return cluster
+    run(one_cut_path, scenario, kv_lease_s=1000.0)
 
-    run(make, scenario)
+
+def test_x1_a_path_is_tried_again_by_and_by() -> None:
+    async def scenario(here: Site) -> None:
+        for _ in range(4):
+            assert await streamed(here) == (EXPECTED, "length")
+        assert len(here.cluster.workers["d0"].reserved) > 1
+
+    run(one_cut_path, scenario, kv_lease_s=1e-6)
 
 
 def test_x1_a_prefill_worker_that_reaches_no_decode_worker_is_given_up_at_once() -> None:

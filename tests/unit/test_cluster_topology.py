@@ -120,13 +120,18 @@ def test_the_simulated_engine_is_told_its_cost_model(tmp_path: Path) -> None:
 def test_the_router_is_told_all_that_the_configuration_says(tmp_path: Path) -> None:
     keys = tmp_path / "keys"
     config = load_config(
-        settings={"router.host": "0.0.0.0", "router.api_key_file": str(keys), "router.max_body_bytes": 5000}
+        settings={
+            "router.host": "0.0.0.0",
+            "router.api_key_file": str(keys),
+            "router.max_body_bytes": 5000,
+            "transfer.lease_s": 4.0,
+        }
     )
     order = Orders(config, _MODEL, _SECRET, Modules()).router(0, config.router.host, (1, 2), {"a": 1})
     spec = from_json(RouterSpec, order.processes[0].spec)
     assert (spec.host, spec.port, spec.grpc_port, spec.max_body_bytes) == ("0.0.0.0", 1, 2, 5000)
     assert (spec.api_key_file, spec.model_dir, spec.served_model_name) == (str(keys), "/models/tiny", "tiny")
-    assert spec.status == {"a": 1}
+    assert (spec.status, spec.kv_lease_s) == ({"a": 1}, 4.0)
 
 
 def test_a_local_model_is_named_after_its_directory(tmp_path: Path) -> None:

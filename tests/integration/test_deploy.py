@@ -16,7 +16,7 @@ import yaml
 
 from baton.config import load_config
 from cluster import cli
-from tests.support.system import generate, serve
+from tests.support.system import eventually, generate, serve
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DEPLOY = ROOT / "deploy"
@@ -124,7 +124,7 @@ def names_of(expression: str) -> set[str]:
 def test_every_metric_of_the_dashboard_and_the_alerts_exists() -> None:
     with serve("--engine", "sim") as system:
         generate(system, list(range(3, 40)), 8)
-        system.finished(system.finished_requests()[-1]["request_id"])
+        eventually(system.finished_requests, "the log line of the request")
         found = {sample.partition("{")[0] for sample in system.metrics()}
     wanted = set().union(*map(names_of, expressions()))
     assert len(wanted) > 15

@@ -134,6 +134,10 @@ class Quiesced:
     transfer_id: TransferId
 
 
+class CorruptPool(Exception):
+    """KV in this rank's pool is not what the engine wrote: no peer may have it, and the process should end."""
+
+
 TransferEvent: TypeAlias = (
     ReserveRequested | Granted | Refused | Received | ManifestReceived | Completed | Failed | Quiesced
 )
@@ -195,7 +199,14 @@ class TransferEndpoint(Protocol):
     def written(self, transfer_id: TransferId, layer: int | None, num_tokens: int, ready: Ready | None = None) -> None:
         """KV of `layer` (None: of every layer) for tokens [0, num_tokens) is in the pool, or will be once `ready` fired.
 
-        Full units go out as credits allow. Events fire in the order of the calls that bring them.
+        Its digests are made here, on the caller's thread, unless they are known from an earlier transfer. Full units go out as credits allow. Events fire in the order of the calls that bring them.
+        """
+        ...
+
+    def will_write(self, block_table: Sequence[int], first_token: int, end_token: int) -> None:
+        """The engine is about to write KV of tokens [first_token, end_token) of a sequence with these blocks.
+
+        Every write after which the blocks may be offered must be told of: digests of what was there are kept.
         """
         ...
 
@@ -228,7 +239,11 @@ class TransferEndpoint(Protocol):
         ...
 
     def poll(self) -> list[TransferEvent]:
-        """Events since the last call. Never blocks."""
+        """Events since the last call. Never blocks.
+
+        Raises:
+            CorruptPool: a peer refused KV, and in this pool it is not what was written.
+        """
         ...
 
     def set_wakeup(self, wake: Callable[[], None]) -> None:

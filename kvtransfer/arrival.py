@@ -7,12 +7,13 @@ import os
 from collections.abc import Sequence
 from typing import Final
 
+from kvtransfer.digests import FrameDigest, LeafDigests, seal
 from kvtransfer.faults import FaultHook
 from kvtransfer.lanes import Landing
 from kvtransfer.messages import Data
 from kvtransfer.native.library import library
 from kvtransfer.plan import Part
-from kvtransfer.pool import Digest, Extents, Pool, address_of, copy, seal
+from kvtransfer.pool import Extents, Pool, address_of, copy
 
 
 class DeviceArrival:
@@ -42,19 +43,19 @@ class Arrival:
     """
 
     def __init__(
-        self, frame: Data, landing: Landing, pool: Pool, context: bytes | None, faults: FaultHook | None
+        self, frame: Data, landing: Landing, digests: LeafDigests, context: bytes | None, faults: FaultHook | None
     ) -> None:
-        """`context` None: do not verify."""
-        self.frame = frame
+        """`digests` of the pool where it lands. `context` None: do not verify."""
+        self.frame: Final = frame
         self.landing: Final = landing
-        self.extents: Final = Extents(pool, landing.parts, landing.num_bytes)
+        self.extents: Final = Extents(digests.pool, landing.parts, landing.num_bytes)
         self._context = context
-        self._digest = None if context is None else Digest(self.extents)
+        self._digest = None if context is None else FrameDigest(digests, self.extents)
         self._faults = faults
         self._landed_bytes = 0
-        is_plain = faults is None and (self._digest is None or self._digest.state is not None)
+        is_plain = faults is None and (self._digest is None or self._digest.native is not None)
         self._native = library() if is_plain else None
-        self._cursor = (ctypes.c_uint64 * 2)()
+        self._progress = (ctypes.c_uint64 * 4)() if self._digest is None else self._digest.progress
 
     @property
     def is_verified(self) -> bool:
@@ -62,10 +63,6 @@ class Arrival:
         if self._digest is None or self._context is None:
             return True
         return seal(self._context, self.frame, self._digest.result()) == self.frame.digest
-
-    def seal(self, digest: bytes) -> None:
-        """The digest that the frame did not carry."""
-        self.frame = self.frame._replace(digest=digest)
 
     def views(self) -> list[memoryview]:
         """Where all its bytes go, in order."""
@@ -83,8 +80,9 @@ class Arrival:
             OSError: BlockingIOError if nothing is there; or the connection broke.
         """
         assert self._native is not None
-        state = None if self._digest is None else self._digest.state
-        count = int(self._native.receive(fd, address_of(self.extents.pieces), self._cursor, num_bytes, state))
+        leaves = None if self._digest is None else self._digest.leaves
+        pieces = address_of(self.extents.pieces)
+        count = int(self._native.receive(fd, pieces, self._progress, num_bytes, leaves))
         if count < 0:
             raise OSError(-count, os.strerror(-count))
         return count
@@ -96,13 +94,13 @@ class Arrival:
                 self._faults.after_landing(self.frame, piece)
             self._landed_bytes += num_bytes
         if self._digest is not None:
-            self._digest.take(num_bytes)
+            self._digest.landed(num_bytes)
 
     def fetch(self, source: Pool, parts: Sequence[Part]) -> None:
         """Copy all bytes from `parts` of another pool."""
         fro = Extents(source, parts, self.landing.num_bytes)
-        if self._faults is None:
-            copy(self.extents, fro, self._digest)
+        if self._native is not None and self._digest is not None:
+            self._digest.fetch(fro)
         else:
-            copy(self.extents, fro, None)
+            copy(self.extents, fro)
             self.landed(self.landing.num_bytes)

@@ -18,7 +18,6 @@ from kvtransfer.frames import Sink
 from kvtransfer.link import Link, OutgoingFrame
 from kvtransfer.messages import Data, Goodbye, Hello, Message, ProtocolError, code_of, is_handshake
 from kvtransfer.plan import FETCHED_FRAME_BYTES, FRAME_BYTES
-from kvtransfer.pool import Extents
 from kvtransfer.transports import cuda_ipc, nixl, shm
 from kvtransfer.transports.tls import TlsSocket
 
@@ -64,8 +63,8 @@ class Traffic(Protocol):
     def end(self, connection: Connection, message: Message) -> None:
         """The message is complete."""
 
-    def pull(self, connection: Connection, is_hurried: bool) -> OutgoingFrame | None:
-        """The next data frame; nothing that takes time to make if `is_hurried`."""
+    def pull(self, connection: Connection) -> OutgoingFrame | None:
+        """The next data frame."""
 
 
 class Connection:
@@ -98,12 +97,10 @@ class Connection:
         self.session: Session | None = None
         self.arrival: Arrival | None = None
         """Receiver: the data frame whose payload is being read."""
-        self.to_seal: Final[deque[tuple[Data, Extents]]] = deque()
-        """Sender on shared memory: data frames that went without their digest."""
         self.sealing: Final[deque[tuple[Data, Job]]] = deque()
-        """Sender on CUDA IPC: the same, and the device makes it."""
-        self.unsealed: Final[dict[FrameName, Arrival | DeviceArrival]] = {}
-        """Receiver: data frames whose bytes are in place and whose digest has not come."""
+        """Sender on CUDA IPC: data frames that went without their digest, which the device makes."""
+        self.unsealed: Final[dict[FrameName, DeviceArrival]] = {}
+        """Receiver on CUDA IPC: data frames whose bytes are in place and whose digest has not come."""
         self.mapped: shm.MappedPool | None = None
         """Receiver on shared memory: the sender's pool."""
         self.remote: nixl.RemotePool | cuda_ipc.RemotePool | None = None
@@ -171,7 +168,6 @@ class Connection:
             return
         self.is_closed = True
         self.arrival = None
-        self.to_seal.clear()
         self.sealing.clear()
         self.unsealed.clear()
         self.link.close()
@@ -180,8 +176,8 @@ class Connection:
         if self.remote is not None:
             self.remote.close()
 
-    def _pull(self, is_hurried: bool) -> OutgoingFrame | None:
-        return None if self.session is None else self._traffic.pull(self, is_hurried)
+    def _pull(self) -> OutgoingFrame | None:
+        return None if self.session is None else self._traffic.pull(self)
 
     def _begin(self, message: Message, payload_bytes: int) -> Sink | None:
         return None if self.session is None else self._traffic.begin(self, message, payload_bytes)

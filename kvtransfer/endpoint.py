@@ -12,12 +12,17 @@ from collections.abc import Callable, Sequence
 from baton.clock import Clock, SystemClock
 from baton.kv_layout import UNIT_TOKENS, DeviceMemory
 from kvtransfer.api import (
+    Completed,
+    CorruptPool,
     EndpointConfig,
     EndpointStats,
+    Failed,
     LinkReport,
     PeerRank,
     PeerWorker,
+    Quiesced,
     Ready,
+    Refused,
     SendRequest,
     TransferEndpoint,
     TransferEvent,
@@ -25,6 +30,7 @@ from kvtransfer.api import (
 )
 from kvtransfer.cuda.driver import CudaDriver, CudaError
 from kvtransfer.cuda.libcuda import LibCuda
+from kvtransfer.digests import LeafDigests, SourceDigests
 from kvtransfer.faults import FaultHook
 from kvtransfer.messages import TRANSFER_ID_BYTES
 from kvtransfer.pool import DevicePool, Pool
@@ -65,11 +71,12 @@ class Endpoint:
         self._unix_path = ""
         self._unsaid_bytes = 0
         """Written to the pool since the transfer thread was last woken for it."""
-        pool: Pool | DevicePool
+        pool: LeafDigests | DevicePool
+        self._sources: SourceDigests | None = None
         if isinstance(kv_buffer, DeviceMemory):
             pool = DevicePool(config.layout, kv_buffer.address, kv_buffer.num_bytes)
         else:
-            pool = Pool(config.layout, kv_buffer)
+            pool = self._digest(config, kv_buffer)
         listeners: dict[str, Listener] = {}
         agent, exposed = _open_agent(config, kv_buffer, cuda)
         try:
@@ -89,6 +96,12 @@ class Endpoint:
             target=self._thread.run, name=f"kvtransfer-{config.worker_id}-{config.layout.tp_rank}", daemon=True
         )
         self._runner.start()
+
+    def _digest(self, config: EndpointConfig, kv_buffer: memoryview) -> LeafDigests:
+        """The digests of a pool in host memory, none of them made yet."""
+        digests = LeafDigests(config.layout, Pool(config.layout, kv_buffer))
+        self._sources = SourceDigests(config.layout, digests) if config.verify else None
+        return digests
 
     def _listen(self, listeners: dict[str, Listener]) -> PeerRank:
         config = self._config
@@ -126,6 +139,8 @@ class Endpoint:
         self._check_id(request.transfer_id)
         self._check_table(request.block_table, request.num_tokens)
         self._check_payload(request.reserve_payload)
+        if self._sources is not None:
+            self._sources.open(request)
         self._thread.post(self._thread.now_do, self._thread.send.open, request)
 
     def written(self, transfer_id: TransferId, layer: int | None, num_tokens: int, ready: Ready | None = None) -> None:
@@ -139,7 +154,14 @@ class Endpoint:
             is_urgent = is_urgent or self._unsaid_bytes >= self._thread.wake_bytes
         if is_urgent:
             self._unsaid_bytes = 0
+        if self._sources is not None:
+            self._sources.written(transfer_id, layer, num_tokens)
         self._thread.post(self._thread.written, transfer_id, layer, num_tokens, ready, is_urgent=is_urgent)
+
+    def will_write(self, block_table: Sequence[int], first_token: int, end_token: int) -> None:
+        """The engine is about to write KV of these tokens: their digests are forgotten."""
+        if self._sources is not None:
+            self._sources.will_write(block_table, first_token, end_token)
 
     def finish(self, transfer_id: TransferId, manifest: bytes) -> None:
         """Leader: all tokens are computed; tell the receiving leader."""
@@ -148,6 +170,8 @@ class Endpoint:
 
     def close_send(self, transfer_id: TransferId) -> None:
         """The transfer is complete: forget it on this rank."""
+        if self._sources is not None:
+            self._sources.close(transfer_id)
         self._thread.post(self._thread.now_do, self._thread.send.close, transfer_id)
 
     def grant(self, transfer_id: TransferId, block_table: Sequence[int], num_tokens: int, first_token: int) -> None:
@@ -161,6 +185,7 @@ class Endpoint:
         if first_token % UNIT_TOKENS or not 0 <= first_token <= num_tokens:
             raise ValueError(f"first_token {first_token} is not a multiple of {UNIT_TOKENS} in 0..{num_tokens}")
         receive = self._thread.receive
+        self.will_write(block_table, first_token, num_tokens)
         self._thread.post(self._thread.now_do, receive.grant, transfer_id, tuple(block_table), num_tokens, first_token)
 
     def refuse(self, transfer_id: TransferId, code: str, message: str) -> None:
@@ -183,15 +208,25 @@ class Endpoint:
         """Events since the last call.
 
         Raises:
+            CorruptPool: a peer refused KV, and in this pool it is not what was written.
             RuntimeError: the transfer thread died of a defect; the process should end.
         """
         events: list[TransferEvent] = []
         with contextlib.suppress(queue.Empty):
             while True:
                 events.append(self._thread.events.get_nowait())
+                self._ended(events[-1])
         if not events and self._thread.failure is not None:
             raise RuntimeError("the transfer thread died") from self._thread.failure
         return events
+
+    def _ended(self, event: TransferEvent) -> None:
+        """Forget what was offered in a transfer that is over."""
+        if self._sources is None or not isinstance(event, (Completed, Refused, Failed, Quiesced)):
+            return
+        if isinstance(event, Failed) and event.integrity and not self._sources.is_intact(event.transfer_id):
+            raise CorruptPool("KV in this worker's pool is not what was written there")
+        self._sources.close(event.transfer_id)
 
     def set_wakeup(self, wake: Callable[[], None]) -> None:
         """`wake` is called from the transfer thread whenever `poll` would return something."""

@@ -1,7 +1,7 @@
 """One transfer's part on one link: what has been sent or received of it, and how much more may be. Pure.
 
-A data frame covers a run of layers and a run of units, the same units of each layer. Its bytes are layer by layer in
-the canonical order of kvtransfer.plan.
+A data frame covers a run of layers of one head size and a run of units, the same units of each layer. Its bytes are layer
+by layer in the canonical order of kvtransfer.plan.
 """
 
 from __future__ import annotations
@@ -123,6 +123,8 @@ class SendLane:
             following = layer + num_layers
             if following not in self._ready or self._sent_tokens[following] != first or sendable(following) != end:
                 break
+            if plan.leaf_bytes(following) != plan.leaf_bytes(layer):
+                break
             more = plan.num_bytes(following, end - first)
             if num_bytes + more > max_bytes:
                 break
@@ -206,6 +208,8 @@ class ReceiveLane:
         layers = range(frame.first_layer, frame.first_layer + frame.num_layers)
         if not layers or layers.stop > len(self._got) or not all(plan.unit_bytes[layer] for layer in layers):
             raise Misfit(f"no layers {frame.first_layer}+{frame.num_layers} on this link")
+        if len({plan.leaf_bytes(layer) for layer in layers}) > 1:
+            raise Misfit("layers of several head sizes in one frame")
         mask = _mask(frame.first_unit, frame.num_units)
         if any(self._begun[layer] & mask for layer in layers):
             if all(self._got[layer] & mask == mask for layer in layers):

@@ -14,7 +14,7 @@ from typing import Final, NamedTuple
 from kvtransfer.api import TransferId
 from kvtransfer.departure import Departure
 from kvtransfer.frames import FrameReader, Sink, Tagger, encode_frame
-from kvtransfer.messages import Data, Message, ProtocolError, Seal
+from kvtransfer.messages import Data, Message, ProtocolError
 from kvtransfer.native.library import library
 from kvtransfer.plan import HASH_BYTES
 from kvtransfer.pool import Extents
@@ -29,14 +29,12 @@ _MAX_FDS: Final = 1
 
 
 class OutgoingFrame(NamedTuple):
-    """A data frame to write: the message, and its payload for a stream; or the seal of one."""
+    """A data frame to write: the message, and its payload for a stream."""
 
-    message: Data | Seal
+    message: Data
     payload: Extents | list[memoryview]
     num_bytes: int
-    """Bytes that the frame moves or a seal is made of, on the stream or in shared memory."""
-    seal: Callable[[bytes], Seal] | None = None
-    """Makes what follows the frame out of the digest of its payload. Only where the link `hashes`."""
+    """Bytes that the frame moves, on the stream or in shared memory."""
 
 
 class LinkClosed(Exception):
@@ -55,10 +53,10 @@ class Link:
         sock: socket.socket | TlsSocket,
         begin: Callable[[Message, int], Sink | None],
         end: Callable[[Message], None],
-        pull: Callable[[bool], OutgoingFrame | None],
+        pull: Callable[[], OutgoingFrame | None],
         max_control_bytes: int,
     ) -> None:
-        """`pull` gives the next data frame; asked with True it gives nothing that takes time to make."""
+        """`pull` gives the next data frame."""
         sock.setblocking(False)
         self._sock = sock
         self._pull = pull
@@ -118,17 +116,6 @@ class Link:
         """Queue a message; it goes out before any further data."""
         self._messages.append(encode_frame(message, self._tagger))
 
-    def _take_messages(self) -> bytes:
-        """All that are queued."""
-        messages = b"".join(self._messages)
-        self._messages.clear()
-        return messages
-
-    @property
-    def hashes(self) -> bool:
-        """Can it make the digest of a payload while that goes out?"""
-        return self._native is not None
-
     @property
     def wants_write(self) -> bool:
         """Is something queued, apart from what `pull` would give?"""
@@ -174,8 +161,9 @@ class Link:
     def _next_frames(self) -> int:
         """Fill `_writing` or `_departure`; returns the bytes that move outside the stream."""
         self._written_transfer = None
-        messages = self._take_messages()
-        frame = self._pull(bool(messages))
+        messages = b"".join(self._messages)
+        self._messages.clear()
+        frame = self._pull()
         if frame is None:
             if messages:
                 self._writing = [memoryview(messages)]
@@ -185,24 +173,13 @@ class Link:
         if isinstance(payload, Extents):
             head = messages + encode_frame(frame.message, self._tagger, payload.num_bytes)
             if self._native is not None:
-                self._departure = Departure(self._native, head, payload, self._seal_with(frame.seal))
+                self._departure = Departure(self._native, head, payload)
                 return 0
             payload = payload.views()
         else:
             head = messages + encode_frame(frame.message, self._tagger, sum(len(view) for view in payload))
         self._writing = [memoryview(head), *payload]
         return 0 if payload else frame.num_bytes
-
-    def _seal_with(self, seal: Callable[[bytes], Seal] | None) -> Callable[[bytes], bytes] | None:
-        """What goes right behind a payload, out of its digest."""
-        if seal is None:
-            return None
-
-        def trailer(digest: bytes) -> bytes:
-            self.post(seal(digest))
-            return self._take_messages()  # in the order of their tags
-
-        return trailer
 
     # In.
 

@@ -137,7 +137,7 @@ class Data(NamedTuple):
     """Units [first_unit, first_unit + num_units) of some layers from one rank to another.
 
     On a stream the payload follows; on shared memory `source_blocks` (little-endian u32) names the sender's blocks
-    that hold the units and the receiver fetches them. The digest may be `NO_DIGEST`: a Seal follows.
+    that hold the units and the receiver fetches them. From a device the digest may be `NO_DIGEST`: a Seal follows.
     """
 
     transfer_id: TransferId
@@ -152,7 +152,7 @@ class Data(NamedTuple):
 
 
 class Seal(NamedTuple):
-    """Sending rank: the digest of a Data frame that went without, made while its bytes moved."""
+    """Sending rank: the digest of a Data frame that went without, which its device made while the bytes moved."""
 
     transfer_id: TransferId
     first_layer: int

@@ -80,6 +80,10 @@ class CopyPlan:
         """Payload bytes of one unit of the largest layer."""
         return max(self.unit_bytes)
 
+    def leaf_bytes(self, layer: int) -> int:
+        """Bytes of UNIT_TOKENS tokens of one head of one half: what has a digest of its own."""
+        return UNIT_TOKENS * self.source_sides[layer].token_bytes
+
     def num_bytes(self, layer: int, num_tokens: int) -> int:
         """Payload bytes of `num_tokens` tokens of `layer`."""
         return self.unit_bytes[layer] * num_tokens // UNIT_TOKENS

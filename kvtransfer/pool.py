@@ -1,29 +1,20 @@
-"""The bytes of a pool: scattered runs of them, digests over those, copies between pools. Knows no peers, no transfers.
+"""The bytes of a pool: scattered runs of them, and copies between pools. Knows no digests, peers or transfers.
 
-A frame's digest is H(identity, digest(bytes)), both xxh3-128. Natively, where there is a compiler (kvtransfer.native),
-else by the xxhash package and numpy: the digests are the same.
+Natively, where there is a compiler (kvtransfer.native), else by numpy.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import struct
 from collections.abc import Iterator, Sequence
 from typing import Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-import xxhash
 
 from baton.kv_layout import KVLayout
-from kvtransfer.messages import DIGEST_BYTES, Data
 from kvtransfer.native.library import library
 from kvtransfer.plan import HASH_BYTES, Part, Runs, zip_runs
-
-_IDENTITY: Final = struct.Struct("<16s16sIIIIII")
-_MAX_SHORT_BYTES: Final = 240
-"""xxh3 treats so few bytes in other ways; native code knows only the longer inputs."""
 
 Bytes: TypeAlias = npt.NDArray[np.uint8]
 Addresses: TypeAlias = npt.NDArray[np.uint64]
@@ -64,6 +55,10 @@ class Pool:
     def pieces(self, parts: Sequence[Part]) -> Pieces:
         """Where the bytes of `parts` lie; valid until `release`."""
         return _pieces(self._bases, parts)
+
+    def address(self, layer: int) -> int:
+        """Of a layer's first byte; valid until `release`."""
+        return int(self._bases[layer])
 
     def layer(self, layer: int) -> memoryview:
         """All bytes of one layer."""
@@ -113,6 +108,11 @@ class Extents:
         self._parts = parts
         self._pieces: Pieces | None = None
 
+    @property
+    def parts(self) -> Sequence[Part]:
+        """What they are, by layer."""
+        return self._parts
+
     def views(self, start: int = 0, num_bytes: int | None = None) -> list[memoryview]:
         """The bytes from `start` on, in order, without a copy; all if `num_bytes` is None."""
         found = [view for layer, runs in self._parts for view in self._pool.views(layer, runs)]
@@ -133,71 +133,14 @@ class Extents:
                 yield to[start:end], fro[from_start:from_end]
 
 
-class Digest:
-    """xxh3-128 over the bytes of a frame, piece by piece, each while it is in cache. One thread."""
-
-    def __init__(self, extents: Extents) -> None:
-        self._extents = extents
-        self._native = library() if extents.num_bytes > _MAX_SHORT_BYTES else None
-        self.state: Final = None if self._native is None else ctypes.create_string_buffer(self._native.digest_bytes)
-        """Of native code, which other native code may feed by itself."""
-        self._cursor = (ctypes.c_uint64 * 2)()
-        self._taken_bytes = 0
-        self._hasher = xxhash.xxh3_128() if self._native is None else None
-
-    def take(self, num_bytes: int) -> None:
-        """The next `num_bytes` are in place."""
-        if self._hasher is None:
-            assert self._native is not None
-            self._native.digest_take(self.state, address_of(self._extents.pieces), self._cursor, num_bytes)
-            return
-        for view in self._extents.views(self._taken_bytes, num_bytes):
-            self._hasher.update(view)
-        self._taken_bytes += num_bytes
-
-    def result(self) -> bytes:
-        """The digest; only once all bytes are taken."""
-        if self._hasher is not None:
-            digest: bytes = self._hasher.digest()
-            return digest
-        assert self._native is not None
-        out = ctypes.create_string_buffer(DIGEST_BYTES)
-        self._native.digest_result(self.state, out)
-        return out.raw
-
-
-def copy(to: Extents, source: Extents, digest: Digest | None) -> None:
-    """Copy the bytes of a frame from another pool; `digest` is fed with what then lies in `to`.
-
-    Large copies do not hold the GIL.
-    """
+def copy(to: Extents, source: Extents) -> None:
+    """Copy the bytes of a frame from another pool. Large copies do not hold the GIL."""
     native = library()
     if native is not None:
-        state = None if digest is None else digest.state
-        native.copy(address_of(to.pieces), address_of(source.pieces), to.num_bytes, state)
-        if digest is not None and state is None:
-            digest.take(to.num_bytes)
+        native.copy(address_of(to.pieces), address_of(source.pieces), to.num_bytes, None)
         return
     for mine, theirs in to.copies_from(source):
         mine[:] = theirs
-        if digest is not None:
-            digest.take(len(mine))
-
-
-def seal(context: bytes, frame: Data, digest: bytes) -> bytes:
-    """What a frame carries: the digest of its bytes, bound to what it is (both ends, transfer, ranks, layers, units).
-
-    It detects faults, not attackers: those are kept off the link by its authentication.
-    """
-    sealed: bytes = xxhash.xxh3_128_digest(_IDENTITY.pack(context, *frame[:7]) + digest)
-    return sealed
-
-
-def data_digest(context: bytes, frame: Data, extents: Extents) -> bytes:
-    """The sealed digest of a frame whose bytes are all in place."""
-    digest = Digest(extents)
-    digest.take(extents.num_bytes)
-    return seal(context, frame, digest.result())
 
 
 def _pieces(bases: Addresses, parts: Sequence[Part]) -> Pieces:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import math
 import os
@@ -30,17 +29,18 @@ from kvtransfer.arrival import Arrival, DeviceArrival
 from kvtransfer.auth import LinkKey
 from kvtransfer.connection import HANDSHAKE_S, Connection, FrameName, Role
 from kvtransfer.cuda.driver import Job
+from kvtransfer.digests import FrameDigest, LeafDigests, seal
 from kvtransfer.faults import FaultHook
 from kvtransfer.frames import Sink
 from kvtransfer.lanes import Landing, Outgoing
 from kvtransfer.link import TURN_BYTES, LinkClosed, OutgoingFrame
 from kvtransfer.messages import NO_DIGEST, Data, Message, Seal
-from kvtransfer.pool import DevicePool, Extents, Pool, data_digest, seal
+from kvtransfer.pool import DevicePool, Extents
 from kvtransfer.protocol import Action, CloseLink, Connect, DataReady, Emit, Send, StopIO
 from kvtransfer.receiving import ReceiveSide
 from kvtransfer.sending import SendSide
 from kvtransfer.switchboard import Listener, Switchboard
-from kvtransfer.transports import cuda_ipc, nixl, shm
+from kvtransfer.transports import cuda_ipc, nixl
 
 log = logging.getLogger("kvtransfer")
 
@@ -54,15 +54,13 @@ class TransferThread:
     """Everything that runs on the transfer thread; only `post`, `events`, `on_events`, `on_link`
     and `stats` are for others."""
 
-    late_digest_bytes = 256 * 1024
-    """From this size on the digest of a frame is made while its bytes move, and follows in a message of its own."""
     wake_bytes = 1024 * 1024
     """The thread is woken for so much new KV, or for the last layer: each time costs the engine's thread 0.1 ms."""
 
     def __init__(
         self,
         config: EndpointConfig,
-        pool: Pool | DevicePool,
+        pool: LeafDigests | DevicePool,
         pool_fd: int | None,
         listeners: dict[str, Listener],
         clock: Clock,
@@ -70,8 +68,13 @@ class TransferThread:
         agent: nixl.Agent | cuda_ipc.Agent | None = None,
         exposed: bytes = b"",
     ) -> None:
-        """Owns the listeners, and `agent` with what it has `exposed`. A pool on a device needs its agent."""
+        """Owns the listeners, and `agent` with what it has `exposed`. A pool on a device needs its agent.
+
+        `pool`: the digests of one in host memory. Where `config.verify`, those of what is announced are made.
+        """
         self._agent = agent
+        self._makes_digests = not config.verify
+        """Nobody has made those that a peer asks for."""
         self._name = f"{config.worker_id}#{config.layout.tp_rank}"
         self._pool = pool
         self._clock = clock
@@ -285,8 +288,6 @@ class TransferThread:
             for name in [name for name in connection.unsealed if name[0] == transfer_id]:
                 del connection.unsealed[name]
                 self.receive.num_stale += 1
-            for item in [item for item in connection.to_seal if item[0].transfer_id == transfer_id]:
-                connection.to_seal.remove(item)
             for sealing in [item for item in connection.sealing if item[0].transfer_id == transfer_id]:
                 connection.sealing.remove(sealing)
             if connection.remote is not None:
@@ -337,7 +338,7 @@ class TransferThread:
     def _send_seal(self, connection: Connection, frame: Data, job: Job) -> None:
         """The device has made the digest of a frame that went without."""
         assert connection.session is not None
-        connection.link.post(_seal(connection.session.context, frame, job.digest))
+        connection.link.post(Seal(*_name(frame), seal(connection.session.context, frame, job.digest)))
         self._switchboard.dirty.add(connection)
 
     def _end_stopped(self) -> None:
@@ -410,9 +411,9 @@ class TransferThread:
             connection.remote.read(nixl.Read(message, landing))
 
     def _landed(self, connection: Connection, arrival: Arrival | DeviceArrival) -> None:
-        """All bytes of a frame are in place; perhaps its digest is still to come."""
+        """All bytes of a frame are in place; perhaps its digest is still to come from a device."""
         assert connection.session is not None
-        if connection.session.verify and arrival.frame.digest == NO_DIGEST:
+        if isinstance(arrival, DeviceArrival) and connection.session.verify and arrival.frame.digest == NO_DIGEST:
             connection.unsealed[_name(arrival.frame)] = arrival
         else:
             self._arrived(connection, arrival)
@@ -429,36 +430,29 @@ class TransferThread:
         arrival.seal(message.digest)
         self._arrived(connection, arrival)
 
-    def pull(self, connection: Connection, is_hurried: bool) -> OutgoingFrame | None:
-        """The next data frame of a link, or the seal of an earlier one. `is_hurried`: nothing that needs a large digest first."""
+    def pull(self, connection: Connection) -> OutgoingFrame | None:
+        """The next data frame of a link."""
         if connection.role is not Role.SENDER:
             return None
         session, is_fetched = connection.session, connection.is_fetched
         assert session is not None
-        is_hashed_on_its_way = connection.link.hashes and not is_fetched
-        can_seal_later = self._faults is None and (is_hashed_on_its_way or connection.transport == shm.NAME)
-        if is_hurried and session.verify and not can_seal_later and not isinstance(self._pool, DevicePool):
-            return None  # messages would wait for the digest
         outgoing = self.send.next_data(connection.key, connection.frame_bytes, name_blocks=is_fetched)
         if outgoing is None:
-            return None if is_hurried else self._next_seal(connection)
+            return None
         frame = outgoing.frame
         if isinstance(self._pool, DevicePool):
             return self._name_on_device(connection, outgoing)
-        extents = Extents(self._pool, outgoing.parts, outgoing.num_bytes)
-        seal_later: Callable[[bytes], Seal] | None = None
-        is_late = session.verify and can_seal_later and outgoing.num_bytes >= self.late_digest_bytes
-        if is_late and is_fetched:
-            connection.to_seal.append((frame, extents))  # the receiver copies while the digest is made
-        elif is_late:
-            seal_later = functools.partial(_seal, session.context, frame)
-        elif session.verify:
-            frame = frame._replace(digest=data_digest(session.context, frame, extents))
+        extents = Extents(self._pool.pool, outgoing.parts, outgoing.num_bytes)
+        if session.verify:
+            digest = FrameDigest(self._pool, extents)
+            if self._makes_digests:
+                digest.make()
+            frame = frame._replace(digest=seal(session.context, frame, digest.result()))
         payload: Extents | list[memoryview] = extents
         if self._faults is not None:
             payload = self._faults.before_send(frame, extents.views())
         self._bytes_sent += outgoing.num_bytes
-        return OutgoingFrame(frame, [] if is_fetched else payload, outgoing.num_bytes, seal_later)
+        return OutgoingFrame(frame, [] if is_fetched else payload, outgoing.num_bytes)
 
     def _name_on_device(self, connection: Connection, outgoing: Outgoing) -> OutgoingFrame:
         """A frame whose bytes the peer's device fetches, while ours makes their digest."""
@@ -474,14 +468,6 @@ class TransferThread:
         self._bytes_sent += outgoing.num_bytes
         return OutgoingFrame(frame, [], outgoing.num_bytes)
 
-    def _next_seal(self, connection: Connection) -> OutgoingFrame | None:
-        if not connection.to_seal:
-            return None
-        assert connection.session is not None
-        frame, extents = connection.to_seal.popleft()
-        digest = data_digest(connection.session.context, frame, extents)
-        return OutgoingFrame(Seal(*_name(frame), digest), [], extents.num_bytes)
-
     def _tell_link(self, report: LinkReport) -> None:
         if self.on_link is not None:
             self.on_link(report)
@@ -492,7 +478,7 @@ class TransferThread:
     def _arrival(self, connection: Connection, frame: Data, landing: Landing) -> Arrival:
         session = connection.session
         assert session is not None
-        assert isinstance(self._pool, Pool)
+        assert isinstance(self._pool, LeafDigests)
         return Arrival(frame, landing, self._pool, session.context if session.verify else None, self._faults)
 
     def _arrived(self, connection: Connection, arrival: Arrival | DeviceArrival) -> None:
@@ -518,8 +504,8 @@ class TransferThread:
         self._act()
         self._selector.close()
         self._close_wake_fd()
-        if isinstance(self._pool, Pool):
-            self._pool.release()
+        if isinstance(self._pool, LeafDigests):
+            self._pool.pool.release()
         self._publish()
         if self.failure is not None and self.on_events is not None:
             self.on_events()
@@ -529,10 +515,6 @@ class TransferThread:
             if self._wake_fd is not None:
                 os.close(self._wake_fd)
                 self._wake_fd = None
-
-
-def _seal(context: bytes, frame: Data, digest: bytes) -> Seal:
-    return Seal(*_name(frame), seal(context, frame, digest))
 
 
 def _name(frame: Data | Seal) -> FrameName:

@@ -34,6 +34,8 @@ class TransferHook:
 
     def step_begin(self, plan: StepPlan) -> None:
         """Note what this step adds: tokens before an entry's start are there already, in every layer."""
+        for entry in plan.entries:
+            self._transfers.will_write(entry.block_table, entry.start, entry.start + len(entry.token_ids))
         self._step = [
             (self._open[entry.attempt_id], entry.start + len(entry.token_ids))
             for entry in plan.entries

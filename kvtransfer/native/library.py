@@ -16,17 +16,16 @@ from baton.native_build import NativeUnavailable
 
 log = logging.getLogger("kvtransfer")
 
-_ABI: Final = 4
+_ABI: Final = 5
 _SOURCE: Final = Path(__file__).parent / "src" / "pieces.cpp"
 _FLAGS: Final = (*native_build.FLAGS, "-O3")
 _SIGNATURES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "baton_pieces_abi": (c_int32, ()),
-    "baton_digest_bytes": (c_uint64, ()),
     "baton_digest_width": (None, (c_int32,)),
-    "baton_digest_take": (None, (c_void_p, c_void_p, c_void_p, c_uint64)),
-    "baton_digest_result": (None, (c_void_p, c_void_p)),
+    "baton_landed": (None, (c_void_p, c_void_p, c_uint64, c_void_p)),
+    "baton_digest": (c_uint64, (c_void_p, c_uint64, c_void_p, c_void_p)),
     "baton_copy": (None, (c_void_p, c_void_p, c_uint64, c_void_p)),
-    "baton_send": (c_int64, (c_int32, c_void_p, c_void_p, c_uint64, c_void_p, c_void_p)),
+    "baton_send": (c_int64, (c_int32, c_void_p, c_void_p, c_uint64)),
     "baton_receive": (c_int64, (c_int32, c_void_p, c_void_p, c_uint64, c_void_p)),
 }
 
@@ -46,10 +45,9 @@ class Library:
             function.restype, function.argtypes = result, arguments
         if c.baton_pieces_abi() != _ABI:
             raise NativeUnavailable(f"{path} is of another version")
-        self.digest_bytes: Final = int(c.baton_digest_bytes())
         self.digest_width: Final = c.baton_digest_width
-        self.digest_take: Final = c.baton_digest_take
-        self.digest_result: Final = c.baton_digest_result
+        self.landed: Final = c.baton_landed
+        self.digest: Final = c.baton_digest
         self.copy: Final = c.baton_copy
         self.send: Final = c.baton_send
         self.receive: Final = c.baton_receive

@@ -40,7 +40,6 @@ PAIRINGS: Final = tuple(
 MAX_TOKENS: Final = 1024
 _POOL_TOKENS: Final = 2 * MAX_TOKENS
 _PATIENCE_S: Final = 20.0
-_LEAST_LATE_BYTES: Final = 241  # a digest is made while bytes move from here on; production begins at 256 KiB
 
 
 def _write(rank: Rank, layer: int, table: Sequence[int], kv: np.ndarray, first: int, end: int) -> None:
@@ -80,6 +79,8 @@ def transfer(rng: random.Random, source: Worker, destination: Worker) -> None:
     step = rng.choice((128, 500, num_tokens))
     for first in range(0, num_tokens, step):
         end = min(first + step, num_tokens)
+        for rank in source.ranks:
+            rank.endpoint.will_write(table, first, end)
         for layer, tokens in enumerate(kv):
             for rank in source.ranks:
                 _write(rank, layer, table, tokens, first, end)
@@ -122,8 +123,6 @@ def run(pairing: Pairing, num_chunks: int, seed: int) -> tuple[int, int]:
         destination = worker("d", pairing.destination_tp, pairing.destination_block)
         with closing(source, destination):
             while True:
-                for rank in source.ranks:  # digests travel with frames, or after them as those of large frames do
-                    rank.endpoint._thread.late_digest_bytes = rng.choice((_LEAST_LATE_BYTES, 2**30))
                 transfer(rng, source, destination)
                 stats = [rank.endpoint.stats() for rank in destination.ranks]
                 num_refused = sum(s.integrity_failures + s.stale_frames_dropped for s in stats)

@@ -89,6 +89,9 @@ class DirectEndpoint:
         self._announced.append((transfer_id, layer, num_tokens, ready))
         self._copy_what_is_ready()
 
+    def will_write(self, block_table: Sequence[int], first_token: int, end_token: int) -> None:
+        pass
+
     def _copy_what_is_ready(self) -> None:
         while self._announced and (self._announced[0][3] is None or self._announced[0][3].query()):
             transfer_id, layer, num_tokens, _ = self._announced.popleft()

@@ -15,13 +15,16 @@ from typing import TypeVar
 
 import numpy as np
 import pytest
+import xxhash
 
 from baton.clock import Clock, ManualClock
 from baton.kv_layout import DeviceMemory, KVGeometry, KVLayout, LayerSpec, ModelKV
 from baton.tls import make_identity
 from kvtransfer.api import EndpointConfig, PeerWorker, SendRequest, TransferEvent, TransferId
+from kvtransfer.digests import seal
 from kvtransfer.endpoint import Endpoint
 from kvtransfer.faults import FaultHook
+from kvtransfer.messages import Data
 from kvtransfer.pool import Extents, Pool
 from kvtransfer.transports import nixl
 from tests.support.fake_cuda import FakeCuda
@@ -104,6 +107,7 @@ class Rank:
         """Put [K|V, head (all), token, dim bytes] of a sequence into this rank's blocks."""
         view, size = self.layer_bytes(layer), self.layout.geometry.block_size
         heads = self.layout.heads(layer)
+        self.endpoint.will_write(block_table, 0, tokens.shape[2])
         for token in range(tokens.shape[2]):
             view[block_table[token // size], :, :, token % size] = tokens[:, heads.start : heads.stop, token]
 
@@ -207,11 +211,16 @@ def _device_rank(config: EndpointConfig, faults: FaultHook | None, clock: Clock 
 
 def extents_over(data: bytes, cuts: Sequence[int] = ()) -> Extents:
     """`data` as a pool of its own, its bytes in runs that end at `cuts`."""
-    layout = KVLayout(ModelKV((LayerSpec(1, 1),), "bfloat16", "f"), KVGeometry(1, 16, len(data) // 64 + 1), 0)
-    buffer = bytearray(data) + bytes(layout.pool_bytes - len(data))
     edges = np.array(sorted({0, len(data), *(cut for cut in cuts if cut < len(data))}), np.uint64)
     runs = np.stack([edges[:-1], np.diff(edges)], axis=1)
-    return Extents(Pool(layout, memoryview(buffer)), [(0, runs)], len(data))
+    return Extents(Pool.flat(memoryview(bytearray(data))), [(0, runs)], len(data))
+
+
+def sealed(context: bytes, frame: Data, payload: bytes, leaf_bytes: int) -> Data:
+    """The frame with the digest of a payload of whole leaves, made in the plainest way."""
+    leaves = [payload[at : at + leaf_bytes] for at in range(0, len(payload), leaf_bytes)]
+    digest = xxhash.xxh3_128_digest(b"".join(xxhash.xxh3_128_digest(leaf) for leaf in leaves))
+    return frame._replace(digest=seal(context, frame, digest))
 
 
 def pattern(model: ModelKV, num_tokens: int, seed: int = 0) -> list[np.ndarray]:

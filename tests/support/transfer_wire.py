@@ -22,9 +22,10 @@ from kvtransfer.api import (
     TransferId,
 )
 from kvtransfer.auth import LinkKey
+from kvtransfer.digests import FrameDigest, LeafDigests, seal
 from kvtransfer.messages import Data, Message, TransferMessage
 from kvtransfer.plan import FRAME_BYTES, plan_copies
-from kvtransfer.pool import Extents, Pool, copy, data_digest
+from kvtransfer.pool import Extents, Pool, copy
 from kvtransfer.protocol import CloseLink, Connect, DataReady, Emit, Send, StopIO
 from kvtransfer.receiving import ReceiveSide
 from kvtransfer.sending import SendSide
@@ -60,7 +61,7 @@ class WireRank:
     layout: KVLayout
     side: SendSide | ReceiveSide
     buffer: bytearray
-    pool: Pool
+    digests: LeafDigests
     events: list[TransferEvent] = field(default_factory=list)
     writable: set[TransferId] = field(default_factory=set)
     """Receiver: transfers whose blocks may be written: granted, and neither Failed nor Quiesced."""
@@ -102,7 +103,8 @@ class Wire:
     ) -> WireRank:
         layout = KVLayout(model, geometry, tp_rank)
         buffer = bytearray(layout.pool_bytes)
-        return WireRank(LinkKey(name, "1", tp_rank), layout, side, buffer, Pool(layout, memoryview(buffer)))
+        digests = LeafDigests(layout, Pool(layout, memoryview(buffer)))
+        return WireRank(LinkKey(name, "1", tp_rank), layout, side, buffer, digests)
 
     # Links.
 
@@ -204,9 +206,9 @@ class Wire:
         outgoing = source.side.next_data(destination.key, FRAME_BYTES, name_blocks=self.is_fetched)
         if outgoing is None:
             return
-        extents = Extents(source.pool, outgoing.parts, outgoing.num_bytes)
+        extents = Extents(source.digests.pool, outgoing.parts, outgoing.num_bytes)
         payload = b"" if self.is_fetched else b"".join(extents.views())
-        frame = outgoing.frame._replace(digest=data_digest(CONTEXT, outgoing.frame, extents))
+        frame = outgoing.frame._replace(digest=_digest(outgoing.frame, source, extents))
         link.to_receiver.append(Flying(frame, payload))
 
     def _to_sender(self, link: WireLink) -> None:
@@ -233,7 +235,7 @@ class Wire:
         if landing is None:
             return
         assert frame.transfer_id in destination.writable, "bytes would land outside of a grant"
-        extents = Extents(destination.pool, landing.parts, landing.num_bytes)
+        extents = Extents(destination.digests.pool, landing.parts, landing.num_bytes)
         if landing.source_parts is None:
             data = bytearray(payload)
             if self._corrupt is not None:
@@ -243,8 +245,8 @@ class Wire:
                 view[:] = data[start : start + len(view)]
                 start += len(view)
         else:
-            copy(extents, Extents(source.pool, landing.source_parts, landing.num_bytes), None)
-        verified = data_digest(CONTEXT, frame, extents) == frame.digest
+            copy(extents, Extents(source.digests.pool, landing.source_parts, landing.num_bytes))
+        verified = _digest(frame, destination, extents) == frame.digest
         side.data_landed(self.now, source.key, frame, landing.num_bytes, verified=verified, is_fetched=self.is_fetched)
 
     # Engines.
@@ -287,3 +289,10 @@ class Wire:
 def kinds(rank: WireRank, transfer_id: TransferId) -> list[str]:
     """Names of the events that a rank's engine got about a transfer."""
     return [type(event).__name__ for event in rank.events if event.transfer_id == transfer_id]
+
+
+def _digest(frame: Data, rank: WireRank, extents: Extents) -> bytes:
+    """Of a frame's bytes as they are now."""
+    digest = FrameDigest(rank.digests, extents)
+    digest.make()
+    return seal(CONTEXT, frame, digest.result())

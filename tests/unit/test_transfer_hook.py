@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -18,15 +18,20 @@ class Announcements:
 
     def __init__(self) -> None:
         self.written_calls: list[tuple[Any, ...]] = []
+        self.will_write_calls: list[tuple[Any, ...]] = []
 
     def written(self, *call: Any) -> None:
         self.written_calls.append(call)
+
+    def will_write(self, *call: Any) -> None:
+        self.will_write_calls.append(call)
 
 
 class Entry:
     attempt_id = AttemptId("a")
     start = 16
     token_ids = (1, 2, 3)
+    block_table = (5, 7)
 
 
 def test_the_event_of_a_device_goes_along_with_every_layer() -> None:
@@ -42,3 +47,18 @@ def test_the_event_of_a_device_goes_along_with_every_layer() -> None:
         hook.layer_done(2, object())
     event.fire()
     cuda.end_process()
+
+
+def test_the_endpoint_hears_of_every_write_before_it_happens() -> None:
+    class Other(Entry):
+        attempt_id = AttemptId("nobody's")
+        start = 0
+        block_table = (2,)
+
+    class Plan:
+        entries: ClassVar[list[Entry]] = [Entry(), Other()]
+
+    endpoint = Announcements()
+    hook = TransferHook(endpoint)  # type: ignore[arg-type]
+    hook.step_begin(Plan())  # type: ignore[arg-type]
+    assert endpoint.will_write_calls == [((5, 7), 16, 19), ((2,), 0, 3)]

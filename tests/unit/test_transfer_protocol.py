@@ -47,10 +47,12 @@ def test_the_end_is_reachable_from_every_state(table: Mapping[Enum, frozenset[En
     assert set(table) == reaches
 
 
-def make_wire(source_tp: int = 1, destination_tp: int = 1, seed: int = 0, **settings: object) -> Wire:
+def make_wire(
+    source_tp: int = 1, destination_tp: int = 1, seed: int = 0, model: ModelKV = MODEL, **settings: object
+) -> Wire:
     """Two workers with 64 blocks each."""
     return Wire(
-        MODEL,
+        model,
         KVGeometry(source_tp, 16, 64),
         KVGeometry(destination_tp, 32, 64),
         random.Random(seed),
@@ -147,16 +149,23 @@ def test_without_a_word_from_the_peer_every_state_ends_within_the_lease(stage: s
     assert send_side(wire).num_open == receive_side(wire).num_open == 0
 
 
-def test_layers_that_are_written_together_travel_in_one_frame() -> None:
-    wire = make_wire(window_bytes=2**20)
+@pytest.mark.parametrize(
+    ("head_dims", "frames"), [((2, 2, 2), [[0, 1, 2]]), ((2, 4, 4), [[0], [1, 2]]), ((2, 4, 2), [[0], [1], [2]])]
+)
+def test_layers_of_one_head_size_that_are_written_together_travel_in_one_frame(
+    head_dims: tuple[int, ...], frames: list[list[int]]
+) -> None:
+    model = ModelKV(tuple(LayerSpec(4, head_dim) for head_dim in head_dims), "bfloat16", "f")
+    wire = make_wire(model=model, window_bytes=2**20)
     run_to(wire, "granted")
     side, key = send_side(wire), wire.destinations[0].key
     side.written(ID, None, 32)
     side.written(ID, None, 16)  # nothing is taken back
-    outgoing = side.next_data(key, 2**20, name_blocks=False)
-    assert outgoing is not None
-    assert [layer for layer, _ in outgoing.parts] == [0, 1, 2]
-    assert (outgoing.frame.first_unit, outgoing.frame.num_units) == (0, 32 // UNIT_TOKENS)
+    for layers in frames:
+        outgoing = side.next_data(key, 2**20, name_blocks=False)
+        assert outgoing is not None
+        assert [layer for layer, _ in outgoing.parts] == layers
+        assert (outgoing.frame.first_unit, outgoing.frame.num_units) == (0, 32 // UNIT_TOKENS)
     assert side.next_data(key, 2**20, name_blocks=False) is None
 
 
@@ -309,6 +318,7 @@ BAD_FRAMES = {
     "no layers": GOOD._replace(first_layer=3),
     "no layers 0+0": GOOD._replace(num_layers=0),
     "no layers 2+5": GOOD._replace(first_layer=2, num_layers=5),
+    "several head sizes": GOOD._replace(num_layers=2),
     "are outside": GOOD._replace(first_unit=2, num_units=2),
     "units 0+0": GOOD._replace(num_units=0),
     "units 4294967295": GOOD._replace(first_unit=2**32 - 1),

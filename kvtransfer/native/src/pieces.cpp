@@ -5,6 +5,7 @@
 #include <cerrno>
 #include <sys/socket.h>
 #include <sys/uio.h>
+#include <vector>
 
 #include "xxh3.h"
 
@@ -12,8 +13,9 @@
 
 namespace {
 
-constexpr size_t TILE = 4096;  // copied, then hashed where it lies, while it is in the innermost cache; also how far ahead
-constexpr size_t HASH_BYTES = 256 * 1024;  // sent or received, and hashed, while it is in the core's own cache
+constexpr size_t DIGEST = 16;
+constexpr size_t AHEAD = 2048;  // how far ahead of a digest its next bytes are fetched
+constexpr size_t PART_BYTES = 512 * 1024;  // received, and hashed, while it is in the core's own cache
 constexpr int MAX_IOV = 512;
 
 xxh3::Accumulate accumulate = xxh3::accumulate_of(2);
@@ -22,6 +24,25 @@ xxh3::Accumulate accumulate = xxh3::accumulate_of(2);
 struct Cursor {
     uint64_t piece;
     uint64_t offset;
+};
+
+// A memory that consists of leaves of `leaf_bytes` from `origin` on, and where the 16-byte digest of its first leaf goes;
+// the others follow. A piece begins with a leaf. Its last leaf may be shorter, and is then hashed as if zeros followed.
+struct Leaves {
+    uint64_t origin;
+    uint64_t digests;
+    uint64_t leaf_bytes;  // more than 240
+
+    uint8_t* digest_of(const void* data) const {
+        const uint64_t leaf = (reinterpret_cast<uint64_t>(data) - origin) / leaf_bytes;
+        return reinterpret_cast<uint8_t*>(digests + leaf * DIGEST);
+    }
+};
+
+// What has come of a list of pieces, and which leaves of it are hashed.
+struct Progress {
+    Cursor landed;
+    Cursor hashed;
 };
 
 size_t least(size_t a, size_t b) { return a < b ? a : b; }
@@ -54,86 +75,98 @@ int gather(const iovec* pieces, const Cursor& cursor, size_t limit, iovec* out) 
     return count;
 }
 
-// `next`: what will be copied afterwards, or null.
-void copy_piece(uint8_t* to, const uint8_t* from, size_t num_bytes, const uint8_t* next, xxh3::Digest* digest) {
-    if (!digest) {
-        std::memcpy(to, from, num_bytes);
+// `ahead`: what will be read afterwards.
+void hash_leaf(const uint8_t* data, size_t num_bytes, const uint8_t* ahead, const Leaves& leaves) {
+    uint8_t* const digest = leaves.digest_of(data);
+    if (num_bytes == leaves.leaf_bytes) {
+        xxh3::digest(data, num_bytes, ahead, accumulate, digest);
         return;
     }
-    while (num_bytes) {
-        const size_t tile = least(num_bytes, TILE);
-        std::memcpy(to, from, tile);
-        const uint8_t* ahead = tile < num_bytes ? from + tile : next;
-        xxh3::take(*digest, to, tile, ahead != nullptr, ahead ? ahead : from, accumulate);
-        to += tile;
-        from += tile;
-        num_bytes -= tile;
-    }
+    std::vector<uint8_t> padded(leaves.leaf_bytes);
+    std::memcpy(padded.data(), data, num_bytes);
+    xxh3::digest(padded.data(), padded.size(), padded.data(), accumulate, digest);
 }
 
-// `next`: what will be hashed afterwards, or null.
-void hash_piece(const uint8_t* data, size_t num_bytes, const uint8_t* next, xxh3::Digest* digest) {
-    const size_t tail = least(num_bytes, TILE), body = num_bytes - tail;
-    xxh3::take(*digest, data, body, true, data + TILE, accumulate);
-    xxh3::take(*digest, data + body, tail, next != nullptr, next ? next : data, accumulate);
+// `num_bytes` more have landed: hashes the leaves that are complete.
+void land(const iovec* pieces, Progress& progress, size_t num_bytes, const Leaves& leaves) {
+    advance(pieces, progress.landed, num_bytes);
+    Cursor& hashed = progress.hashed;
+    const Cursor& landed = progress.landed;
+    while (hashed.piece < landed.piece || hashed.offset < landed.offset) {
+        const size_t rest = left(pieces, hashed), leaf = least(rest, leaves.leaf_bytes);
+        if (hashed.piece == landed.piece && hashed.offset + leaf > landed.offset) return;
+        const uint8_t* data = at(pieces, hashed);
+        const uint8_t* ahead = data;
+        if (rest >= AHEAD + leaf) {
+            ahead = data + AHEAD;
+        } else if (hashed.piece + 1 < landed.piece) {
+            ahead = static_cast<const uint8_t*>(pieces[hashed.piece + 1].iov_base) + (AHEAD > rest ? AHEAD - rest : 0);
+        }
+        hash_leaf(data, leaf, ahead, leaves);
+        advance(pieces, hashed, leaf);
+    }
 }
 
 }  // namespace
 
-API int32_t baton_pieces_abi() { return 4; }
-
-API uint64_t baton_digest_bytes() { return sizeof(xxh3::Digest); }
+API int32_t baton_pieces_abi() { return 5; }
 
 // For tests: 0 portable, 1 AVX2, 2 AVX-512, each only where the CPU has it.
 API void baton_digest_width(int32_t width) { accumulate = xxh3::accumulate_of(width); }
 
-// Feeds the next `num_bytes` of the pieces, from the cursor on.
-API void baton_digest_take(xxh3::Digest* digest, const iovec* pieces, Cursor* cursor, uint64_t num_bytes) {
-    while (num_bytes) {
-        const size_t here = least(left(pieces, *cursor), num_bytes);
-        const uint8_t* data = at(pieces, *cursor);
-        advance(pieces, *cursor, here);
-        num_bytes -= here;
-        hash_piece(data, here, num_bytes ? at(pieces, *cursor) : nullptr, digest);
-    }
+// The next `num_bytes` of the pieces are in place: makes the digests of the leaves that are complete with them.
+API void baton_landed(const iovec* pieces, Progress* progress, uint64_t num_bytes, const Leaves* leaves) {
+    land(pieces, *progress, num_bytes, *leaves);
 }
 
-// Only for more than 240 bytes in all.
-API void baton_digest_result(const xxh3::Digest* digest, uint8_t* out) { xxh3::result(*digest, out); }
+// The digest of the digests of all leaves of `count` pieces goes to `out`. Where those are too short for it, at most 240
+// bytes, they do themselves, and their size is returned instead of 0.
+API uint64_t baton_digest(const iovec* pieces, uint64_t count, const Leaves* leaves, uint8_t* out) {
+    thread_local std::vector<uint8_t> digests;
+    digests.clear();
+    for (uint64_t i = 0; i < count; ++i) {
+        const size_t size = (pieces[i].iov_len + leaves->leaf_bytes - 1) / leaves->leaf_bytes * DIGEST;
+        const uint8_t* const first = leaves->digest_of(pieces[i].iov_base);
+        digests.insert(digests.end(), first, first + size);
+    }
+    if (digests.size() > xxh3::MAX_SHORT) {
+        xxh3::digest(digests.data(), digests.size(), digests.data(), accumulate, out);
+        return 0;
+    }
+    std::memcpy(out, digests.data(), digests.size());
+    return digests.size();
+}
 
-// Copies `num_bytes` from one list of pieces to another; `digest`, if any, is fed with what lies at the destination.
-API void baton_copy(const iovec* to, const iovec* from, uint64_t num_bytes, xxh3::Digest* digest) {
+// Copies `num_bytes` from one list of pieces to another. `leaves`, if any: makes the digests of what then lies in `to`.
+API void baton_copy(const iovec* to, const iovec* from, uint64_t num_bytes, const Leaves* leaves) {
     Cursor to_at{0, 0}, from_at{0, 0};
     while (num_bytes) {
-        const size_t here = least(num_bytes, least(left(to, to_at), left(from, from_at)));
-        uint8_t* destination = at(to, to_at);
-        const uint8_t* source = at(from, from_at);
-        advance(to, to_at, here);
-        advance(from, from_at, here);
-        num_bytes -= here;
-        copy_piece(destination, source, here, num_bytes ? at(from, from_at) : nullptr, digest);
+        const size_t rest = left(to, to_at), part = leaves ? least(rest, leaves->leaf_bytes) : rest;
+        uint8_t* const data = at(to, to_at);
+        for (size_t done = 0; done < part;) {
+            const size_t here = least(part - done, left(from, from_at));
+            std::memcpy(data + done, at(from, from_at), here);
+            advance(from, from_at, here);
+            done += here;
+        }
+        num_bytes -= part;
+        if (leaves) {
+            const bool is_next_whole = num_bytes && left(from, from_at) >= part;
+            hash_leaf(data, part, is_next_whole ? at(from, from_at) : data, *leaves);
+        }
+        advance(to, to_at, part);
     }
 }
 
 // Sends the next `num_bytes` of the pieces on a non-blocking socket until it is full; how many were sent, or -errno if
-// none. `digest`, if any, is fed with each part right before it goes; `*num_hashed` bytes after the cursor are in it.
-// With a digest the last part stays unsent once it is hashed: the caller may put the digest behind it.
-API int64_t baton_send(int32_t fd, const iovec* pieces, Cursor* cursor, uint64_t num_bytes, xxh3::Digest* digest,
-                       uint64_t* num_hashed) {
+// none.
+API int64_t baton_send(int32_t fd, const iovec* pieces, Cursor* cursor, uint64_t num_bytes) {
     uint64_t done = 0;
     iovec batch[MAX_IOV];
     while (done < num_bytes) {
-        const uint64_t rest = num_bytes - done, part = rest < HASH_BYTES + HASH_BYTES / 2 ? rest : HASH_BYTES;
-        if (digest && *num_hashed < part) {
-            Cursor walk = *cursor;
-            advance(pieces, walk, *num_hashed);
-            baton_digest_take(digest, pieces, &walk, part - *num_hashed);
-            *num_hashed = part;
-        }
-        if (digest && *num_hashed >= rest) return static_cast<int64_t>(done);
         msghdr message{};
         message.msg_iov = batch;
-        message.msg_iovlen = static_cast<size_t>(gather(pieces, *cursor, part, batch));
+        message.msg_iovlen = static_cast<size_t>(gather(pieces, *cursor, num_bytes - done, batch));
         const ssize_t sent = sendmsg(fd, &message, MSG_NOSIGNAL | MSG_DONTWAIT);
         if (sent < 0) {
             if (errno == EINTR) continue;
@@ -141,29 +174,25 @@ API int64_t baton_send(int32_t fd, const iovec* pieces, Cursor* cursor, uint64_t
         }
         advance(pieces, *cursor, static_cast<size_t>(sent));
         done += static_cast<uint64_t>(sent);
-        if (digest) *num_hashed -= static_cast<uint64_t>(sent);
     }
     return static_cast<int64_t>(done);
 }
 
-// Reads the next `num_bytes` of the pieces from a non-blocking socket until it is empty; `digest`, if any, is fed with
-// them. How many came (0: the peer closed), or -errno if none.
-API int64_t baton_receive(int32_t fd, const iovec* pieces, Cursor* cursor, uint64_t num_bytes, xxh3::Digest* digest) {
+// Reads the next `num_bytes` of the pieces from a non-blocking socket until it is empty. `leaves`, if any: makes the
+// digests of those that are complete. How many bytes came (0: the peer closed), or -errno if none.
+API int64_t baton_receive(int32_t fd, const iovec* pieces, Progress* progress, uint64_t num_bytes, const Leaves* leaves) {
     uint64_t done = 0;
     iovec batch[MAX_IOV];
     while (done < num_bytes) {
         msghdr message{};
         message.msg_iov = batch;
         message.msg_iovlen =
-            static_cast<size_t>(gather(pieces, *cursor, least(num_bytes - done, HASH_BYTES), batch));
+            static_cast<size_t>(gather(pieces, progress->landed, least(num_bytes - done, PART_BYTES), batch));
         const ssize_t came = recvmsg(fd, &message, MSG_DONTWAIT);
         if (came < 0 && errno == EINTR) continue;
         if (came <= 0) return done ? static_cast<int64_t>(done) : came < 0 ? -errno : 0;
-        if (digest) {
-            Cursor walk = *cursor;
-            baton_digest_take(digest, pieces, &walk, static_cast<uint64_t>(came));
-        }
-        advance(pieces, *cursor, static_cast<size_t>(came));
+        const size_t num_came = static_cast<size_t>(came);
+        leaves ? land(pieces, *progress, num_came, *leaves) : advance(pieces, progress->landed, num_came);
         done += static_cast<uint64_t>(came);
     }
     return static_cast<int64_t>(done);

@@ -1,4 +1,4 @@
-// XXH3-128 without seed, fed piece by piece, for inputs of more than 240 bytes in all.
+// XXH3-128 without seed, for inputs of more than 240 bytes.
 //
 // Written from the algorithm's description: xxHash, doc/xxhash_spec.md, "XXH3 algorithm description for large inputs".
 // Little-endian machines only.
@@ -14,6 +14,7 @@
 
 namespace xxh3 {
 
+constexpr size_t MAX_SHORT = 240;  // bytes: so few are treated in other ways
 constexpr size_t STRIPE = 64;
 constexpr uint32_t STRIPES_PER_BLOCK = 16;
 constexpr uint64_t PRIME32_1 = 0x9E3779B1u, PRIME32_2 = 0x85EBCA77u, PRIME32_3 = 0xC2B2AE3Du;
@@ -43,13 +44,16 @@ inline uint64_t word(const uint8_t* at) {
     return value;
 }
 
-// Accumulates `count` stripes that lie one after the other; `stripe` is the first one's index in its block. As many
-// bytes from `ahead` on, wherever that is, are fetched into the cache meanwhile: the CPU's own prefetching ends with a page.
-using Accumulate = void (*)(uint64_t* acc, const uint8_t* data, size_t count, uint32_t* stripe, const uint8_t* ahead);
-
 inline void fetch(const uint8_t* at) { __builtin_prefetch(at, 0, 3); }
 
-inline void accumulate_one(uint64_t* acc, const uint8_t* data, const uint8_t* secret) {
+constexpr uint64_t START[8] = {PRIME32_3, PRIME64_1, PRIME64_2, PRIME64_3, PRIME64_4, PRIME32_2, PRIME64_5, PRIME32_1};
+constexpr size_t BLOCK = STRIPES_PER_BLOCK * STRIPE;
+
+// What `num_bytes` from `data` on make of the eight words. As many from `ahead` on, wherever that is, are fetched into
+// the cache meanwhile: the CPU's own prefetching ends with a page.
+using Accumulate = void (*)(uint64_t* acc, const uint8_t* data, size_t num_bytes, const uint8_t* ahead);
+
+inline void stripe_portable(uint64_t* acc, const uint8_t* data, const uint8_t* secret) {
     for (int i = 0; i < 8; ++i) {
         const uint64_t lane = word(data + 8 * i), value = lane ^ word(secret + 8 * i);
         acc[i ^ 1] += lane;
@@ -57,23 +61,24 @@ inline void accumulate_one(uint64_t* acc, const uint8_t* data, const uint8_t* se
     }
 }
 
-inline void accumulate_portable(uint64_t* acc, const uint8_t* data, size_t count, uint32_t* stripe,
-                                const uint8_t* ahead) {
-    for (; count; --count, data += STRIPE, ahead += STRIPE) {
-        fetch(ahead);
-        accumulate_one(acc, data, SECRET + 8 * *stripe);
-        if (++*stripe == STRIPES_PER_BLOCK) {
-            *stripe = 0;
+inline void accumulate_portable(uint64_t* acc, const uint8_t* data, size_t num_bytes, const uint8_t* ahead) {
+    std::memcpy(acc, START, sizeof START);
+    const size_t count = (num_bytes - 1) / STRIPE;
+    for (size_t n = 0; n < count; ++n) {
+        fetch(ahead + n * STRIPE);
+        stripe_portable(acc, data + n * STRIPE, SECRET + 8 * (n % STRIPES_PER_BLOCK));
+        if (n % STRIPES_PER_BLOCK == STRIPES_PER_BLOCK - 1) {
             for (int i = 0; i < 8; ++i) {
                 acc[i] = (acc[i] ^ (acc[i] >> 47) ^ word(SECRET + SCRAMBLE_AT + 8 * i)) * PRIME32_1;
             }
         }
     }
+    stripe_portable(acc, data + num_bytes - STRIPE, SECRET + LAST_STRIPE_AT);
 }
 
 #if defined(__x86_64__)
-__attribute__((target("avx512f"))) inline __m512i accumulated(__m512i acc, __m512i lanes, __m512i secret) {
-    const __m512i value = _mm512_xor_si512(lanes, secret);
+__attribute__((target("avx512f"))) inline __m512i stripe_avx512(__m512i acc, const uint8_t* data, const uint8_t* secret) {
+    const __m512i lanes = _mm512_loadu_si512(data), value = _mm512_xor_si512(lanes, _mm512_loadu_si512(secret));
     const __m512i product = _mm512_mul_epu32(value, _mm512_srli_epi64(value, 32));
     const __m512i swapped = _mm512_shuffle_epi32(lanes, _MM_PERM_BADC);
     return _mm512_add_epi64(acc, _mm512_add_epi64(product, swapped));
@@ -86,34 +91,27 @@ __attribute__((target("avx512f"))) inline __m512i scrambled(__m512i acc) {
     return _mm512_add_epi64(_mm512_mul_epu32(acc, prime), high);
 }
 
-__attribute__((target("avx512f"))) inline void accumulate_avx512(uint64_t* acc_words, const uint8_t* data, size_t count,
-                                                                 uint32_t* stripe, const uint8_t* ahead) {
-    __m512i acc = _mm512_loadu_si512(acc_words);
-    for (; count && *stripe; --count, data += STRIPE, ahead += STRIPE) {
-        fetch(ahead);
-        acc = accumulated(acc, _mm512_loadu_si512(data), _mm512_loadu_si512(SECRET + 8 * *stripe));
-        if (++*stripe == STRIPES_PER_BLOCK) {
-            *stripe = 0;
-            acc = scrambled(acc);
-        }
-    }
-    constexpr size_t BLOCK = STRIPES_PER_BLOCK * STRIPE;
+__attribute__((target("avx512f"))) inline void accumulate_avx512(uint64_t* acc_words, const uint8_t* data,
+                                                                 size_t num_bytes, const uint8_t* ahead) {
+    const uint8_t* const last = data + num_bytes - STRIPE;
+    __m512i acc = _mm512_loadu_si512(START);
+    size_t count = (num_bytes - 1) / STRIPE;
     for (; count >= STRIPES_PER_BLOCK; count -= STRIPES_PER_BLOCK, data += BLOCK, ahead += BLOCK) {
 #pragma GCC unroll 16
         for (uint32_t n = 0; n < STRIPES_PER_BLOCK; ++n) {
             fetch(ahead + n * STRIPE);
-            acc = accumulated(acc, _mm512_loadu_si512(data + n * STRIPE), _mm512_loadu_si512(SECRET + 8 * n));
+            acc = stripe_avx512(acc, data + n * STRIPE, SECRET + 8 * n);
         }
         acc = scrambled(acc);
     }
-    for (; count; --count, data += STRIPE, ahead += STRIPE, ++*stripe) {
-        fetch(ahead);
-        acc = accumulated(acc, _mm512_loadu_si512(data), _mm512_loadu_si512(SECRET + 8 * *stripe));
+    for (size_t n = 0; n < count; ++n) {
+        fetch(ahead + n * STRIPE);
+        acc = stripe_avx512(acc, data + n * STRIPE, SECRET + 8 * n);
     }
-    _mm512_storeu_si512(acc_words, acc);
+    _mm512_storeu_si512(acc_words, stripe_avx512(acc, last, SECRET + LAST_STRIPE_AT));
 }
 
-__attribute__((target("avx2"))) inline __m256i accumulated2(__m256i acc, const uint8_t* data, const uint8_t* secret) {
+__attribute__((target("avx2"))) inline __m256i stripe_avx2(__m256i acc, const uint8_t* data, const uint8_t* secret) {
     const __m256i lanes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(data));
     const __m256i value = _mm256_xor_si256(lanes, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(secret)));
     const __m256i product = _mm256_mul_epu32(value, _mm256_srli_epi64(value, 32));
@@ -128,21 +126,25 @@ __attribute__((target("avx2"))) inline __m256i scrambled2(__m256i acc, const uin
     return _mm256_add_epi64(_mm256_mul_epu32(acc, prime), high);
 }
 
-__attribute__((target("avx2"))) inline void accumulate_avx2(uint64_t* acc_words, const uint8_t* data, size_t count,
-                                                            uint32_t* stripe, const uint8_t* ahead) {
-    __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(acc_words));
-    __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(acc_words + 4));
-    for (; count; --count, data += STRIPE, ahead += STRIPE) {
-        fetch(ahead);
-        const uint8_t* secret = SECRET + 8 * *stripe;
-        low = accumulated2(low, data, secret);
-        high = accumulated2(high, data + 32, secret + 32);
-        if (++*stripe == STRIPES_PER_BLOCK) {
-            *stripe = 0;
+__attribute__((target("avx2"))) inline void accumulate_avx2(uint64_t* acc_words, const uint8_t* data, size_t num_bytes,
+                                                            const uint8_t* ahead) {
+    __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(START));
+    __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(START + 4));
+    const size_t count = (num_bytes - 1) / STRIPE;
+    for (size_t n = 0; n < count; ++n) {
+        const uint8_t* const stripe = data + n * STRIPE;
+        const uint8_t* const secret = SECRET + 8 * (n % STRIPES_PER_BLOCK);
+        fetch(ahead + n * STRIPE);
+        low = stripe_avx2(low, stripe, secret);
+        high = stripe_avx2(high, stripe + 32, secret + 32);
+        if (n % STRIPES_PER_BLOCK == STRIPES_PER_BLOCK - 1) {
             low = scrambled2(low, SECRET + SCRAMBLE_AT);
             high = scrambled2(high, SECRET + SCRAMBLE_AT + 32);
         }
     }
+    const uint8_t* const last = data + num_bytes - STRIPE;
+    low = stripe_avx2(low, last, SECRET + LAST_STRIPE_AT);
+    high = stripe_avx2(high, last + 32, SECRET + LAST_STRIPE_AT + 32);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(acc_words), low);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(acc_words + 4), high);
 }
@@ -158,46 +160,6 @@ inline Accumulate accumulate_of(int width) {
     return accumulate_portable;
 }
 
-// All zeros is a fresh one. A stripe is accumulated only once a byte after it has come: the last one counts otherwise.
-struct Digest {
-    uint64_t acc[8];
-    uint64_t num_bytes;
-    uint32_t stripe;       // of the next one, in its block
-    uint32_t num_pending;  // bytes in `pending`, at most 64
-    uint8_t before[STRIPE];  // the stripe before `pending`
-    uint8_t pending[STRIPE];
-};
-
-// Feeds `num_bytes`; as many from `ahead` on are fetched into the cache meanwhile. `has_more`: others will follow, which
-// keeps whole stripes where they are.
-inline void take(Digest& digest, const uint8_t* data, size_t num_bytes, bool has_more, const uint8_t* ahead,
-                 Accumulate accumulate) {
-    if (!num_bytes) return;
-    if (!digest.num_bytes) {
-        const uint64_t start[8] = {PRIME32_3, PRIME64_1, PRIME64_2, PRIME64_3, PRIME64_4, PRIME32_2, PRIME64_5, PRIME32_1};
-        std::memcpy(digest.acc, start, sizeof start);
-    }
-    digest.num_bytes += num_bytes;
-    if (digest.num_pending) {
-        const size_t room = STRIPE - digest.num_pending, filled = num_bytes < room ? num_bytes : room;
-        std::memcpy(digest.pending + digest.num_pending, data, filled);
-        digest.num_pending += static_cast<uint32_t>(filled);
-        data += filled;
-        num_bytes -= filled;
-        if (!num_bytes) return;
-        accumulate(digest.acc, digest.pending, 1, &digest.stripe, ahead);
-        std::memcpy(digest.before, digest.pending, STRIPE);
-    }
-    const size_t count = (has_more ? num_bytes : num_bytes - 1) / STRIPE;
-    if (count) {
-        accumulate(digest.acc, data, count, &digest.stripe, ahead);
-        data += count * STRIPE;
-        std::memcpy(digest.before, data - STRIPE, STRIPE);
-    }
-    digest.num_pending = static_cast<uint32_t>(num_bytes - count * STRIPE);
-    std::memcpy(digest.pending, data, digest.num_pending);
-}
-
 inline uint64_t merged(const uint64_t* acc, const uint8_t* secret, uint64_t result) {
     for (int i = 0; i < 8; i += 2) {
         const unsigned __int128 product = static_cast<unsigned __int128>(acc[i] ^ word(secret + 8 * i)) *
@@ -209,17 +171,12 @@ inline uint64_t merged(const uint64_t* acc, const uint8_t* secret, uint64_t resu
     return result ^ (result >> 32);
 }
 
-// The canonical, big-endian form. The digest can go on afterwards.
-inline void result(const Digest& digest, uint8_t out[16]) {
+// The canonical, big-endian digest of more than 240 bytes.
+inline void digest(const uint8_t* data, size_t num_bytes, const uint8_t* ahead, Accumulate accumulate, uint8_t out[16]) {
     uint64_t acc[8];
-    uint8_t last[STRIPE];
-    const size_t num_before = STRIPE - digest.num_pending;
-    std::memcpy(acc, digest.acc, sizeof acc);
-    std::memcpy(last, digest.before + digest.num_pending, num_before);
-    std::memcpy(last + num_before, digest.pending, digest.num_pending);
-    accumulate_one(acc, last, SECRET + LAST_STRIPE_AT);
-    const uint64_t low = merged(acc, SECRET + LOW_AT, digest.num_bytes * PRIME64_1);
-    const uint64_t high = merged(acc, SECRET + HIGH_AT, ~(digest.num_bytes * PRIME64_2));
+    accumulate(acc, data, num_bytes, ahead);
+    const uint64_t low = merged(acc, SECRET + LOW_AT, num_bytes * PRIME64_1);
+    const uint64_t high = merged(acc, SECRET + HIGH_AT, ~(num_bytes * PRIME64_2));
     const uint64_t words[2] = {__builtin_bswap64(high), __builtin_bswap64(low)};
     std::memcpy(out, words, sizeof words);
 }

@@ -1,8 +1,8 @@
 """Wrong bytes on purpose, of seven kinds, below the digest and above it, and the book of what became of each.
 
-Below: on the wire (a tap that knows frames), between digest and wire, and between landing and verification: the
-digest or the frame's tag must refuse them. Above: in the source pool before the digest is made, which only the
-tell-tale can catch.
+Below: in the source pool once its digests are made, on the wire (a tap that knows frames), and between landing and
+verification: the digest or the frame's tag must refuse them. Above: in the source pool before the digest is made, which
+only the tell-tale can catch.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class InjectionBook:
     wire_rate: float = 0.0
     landing_rate: float = 0.0
     source_rate: float = 0.0
-    """Of the moments right before a digest is made."""
+    """Of the moments right before digests are made, and of those right before a frame is."""
     is_on: bool = True
     recent: deque[tuple[Data, bytes]] = field(default_factory=lambda: deque(maxlen=40))
     """Data frames of the past, as they passed on any wire."""
@@ -80,7 +80,7 @@ class InjectionBook:
     """Hash of the bytes that the newest digest of a frame on a stream was made over."""
     _on_wire: list[_OnWire] = field(default_factory=list)
     _taints: dict[tuple[str, int], dict[int, list[Injection]]] = field(default_factory=lambda: defaultdict(dict))
-    _above: list[Injection] = field(default_factory=list)
+    _sources: list[Injection] = field(default_factory=list)
 
     def close(self, injection: Injection, outcome: str) -> None:
         """It is known what became of it."""
@@ -142,10 +142,10 @@ class InjectionBook:
 
     # Sources.
 
-    def spoil(self, worker: str, rank: int, block: int, kind: str) -> None:
-        """Bytes of a block changed in its pool, before any digest."""
-        injection = Injection(ABOVE, kind)
-        self._above.append(injection)
+    def spoil(self, worker: str, rank: int, block: int, level: str, kind: str) -> None:
+        """Bytes of a block changed in its pool, before their digest was made (ABOVE) or mostly after it."""
+        injection = Injection(level, kind)
+        self._sources.append(injection)
         self._taints[worker, rank].setdefault(block, []).append(injection)
 
     def is_tainted(self, worker: str) -> bool:
@@ -161,7 +161,7 @@ class InjectionBook:
                         self._taints[worker, rank].setdefault(target, []).extend(tainted[block])
 
     def caught(self, worker: str, rank: int, block: int) -> None:
-        """A tell-tale refused to choose a token."""
+        """A tell-tale refused to choose a token, or a peer refused a frame."""
         for injection in self._taints.get((worker, rank), {}).get(block, ()):
             self.close(injection, "detected")
 
@@ -171,7 +171,7 @@ class InjectionBook:
             has_read = item.certain_at is not None and item.pipe.num_read >= item.certain_at
             is_open = not item.pipe.is_refused and not is_inside_frame(item.pipe)
             self.close(item.injection, "missed" if has_read and is_open else "moot")
-        for injection in [*self._payloads.values(), *self._above]:
+        for injection in [*self._payloads.values(), *self._sources]:
             self.close(injection, "moot")
 
 

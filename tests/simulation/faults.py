@@ -17,7 +17,7 @@ _DELAY_S: Final = 0.25
 
 WIRE: Final = "corruption on the wire"
 LANDING: Final = "corruption between digest and verification"
-SOURCE: Final = "corruption above the digest"
+SOURCE: Final = "corruption in a source pool"
 ABORT: Final = "client leaves"
 DEADLINE: Final = "short deadline"
 NONE: Final = "none"

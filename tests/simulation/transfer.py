@@ -15,17 +15,17 @@ from typing import Any, Final, Protocol, TypeVar
 import numpy as np
 
 from baton.clock import Clock
-from kvtransfer.api import EndpointConfig, PeerRank, SendRequest
+from kvtransfer.api import EndpointConfig, PeerRank, Ready, SendRequest, TransferId
 from kvtransfer.arrival import Arrival
 from kvtransfer.auth import Acceptor, Connector
 from kvtransfer.connection import Connection, Dialling
+from kvtransfer.digests import LeafDigests
 from kvtransfer.endpoint import Endpoint
 from kvtransfer.faults import FaultHook
 from kvtransfer.frames import HEAD_BYTES
 from kvtransfer.lanes import Landing
 from kvtransfer.link import OutgoingFrame
 from kvtransfer.messages import Data
-from kvtransfer.pool import Pool
 from kvtransfer.switchboard import Switchboard
 from kvtransfer.thread import TransferThread
 from kvtransfer.transports import shm, tcp
@@ -52,11 +52,14 @@ class Watcher(Protocol):
     def before_write(self, view: memoryview) -> None:
         """Bytes are about to be read into memory that may be the pool's."""
 
-    def before_digest(self) -> None:
-        """A digest may be made next."""
+    def before_digests(self, transfer_id: TransferId, num_tokens: int) -> None:
+        """The digests of what a transfer's tokens [0, num_tokens) have are made next, as far as they are not known."""
+
+    def before_frame(self) -> None:
+        """A frame is made next, of bytes that have their digests."""
 
     def digested(self, frame: Data) -> None:
-        """A digest was made over source blocks."""
+        """A digest vouches for source blocks."""
 
     def landing(self, connection: Connection, frame: Data, landing: Landing) -> None:
         """The bytes of a frame are about to be written."""
@@ -125,7 +128,7 @@ class SimTransferThread(TransferThread):
     def __init__(
         self,
         config: EndpointConfig,
-        pool: Pool,
+        pool: LeafDigests,
         pool_fd: int | None,
         listeners: dict[str, SimListener],
         clock: Clock,
@@ -165,11 +168,11 @@ class SimTransferThread(TransferThread):
         """Those that are open."""
         return iter(list(self._switchboard.connections))
 
-    def pull(self, connection: Connection, is_hurried: bool) -> OutgoingFrame | None:
-        """As production; the watcher sees what a digest was made over."""
+    def pull(self, connection: Connection) -> OutgoingFrame | None:
+        """As production; the watcher sees what a digest vouches for."""
         self._watcher.preempt()
-        self._watcher.before_digest()
-        outgoing = super().pull(connection, is_hurried)
+        self._watcher.before_frame()
+        outgoing = super().pull(connection)
         if outgoing is not None:
             self._watcher.digested(outgoing.message)
         return outgoing
@@ -194,7 +197,8 @@ class SimTransferThread(TransferThread):
                 connection._sock.vanish()  # type: ignore[attr-defined]
             connection.close()
         self._close_wake_fd()
-        self._pool.release()
+        assert isinstance(self._pool, LeafDigests)
+        self._pool.pool.release()
 
 
 class SimEndpoint(Endpoint):
@@ -224,7 +228,7 @@ class SimEndpoint(Endpoint):
             self.listeners[shm.NAME] = network.listen(address.unix_path, config.host, poke)
         pool_fd = kv_fd if shm.NAME in config.transports else None
         self._thread: SimTransferThread = SimTransferThread(
-            config, Pool(config.layout, kv_buffer), pool_fd, self.listeners, clock, faults, network, watcher, poke
+            config, self._digest(config, kv_buffer), pool_fd, self.listeners, clock, faults, network, watcher, poke
         )
 
     @property
@@ -236,6 +240,11 @@ class SimEndpoint(Endpoint):
         """As production; the watcher is told."""
         self._watcher.opened(request)
         super().open_send(request)
+
+    def written(self, transfer_id: TransferId, layer: int | None, num_tokens: int, ready: Ready | None = None) -> None:
+        """As production; the watcher is told."""
+        self._watcher.before_digests(transfer_id, num_tokens)
+        super().written(transfer_id, layer, num_tokens, ready)
 
     def close(self) -> None:
         """The process ends in order."""

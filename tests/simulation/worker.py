@@ -19,12 +19,13 @@ from engine.engine import LocalEngine
 from engine.sim import CostModel, SimRunner, TellTaleMismatch
 from engine.telltale import Words
 from engine.types import BatchEntry, EngineConfig, SeqState
-from kvtransfer.api import EndpointConfig, PeerRank, PeerWorker, SendRequest, TransferId
+from kvtransfer.api import CorruptPool, EndpointConfig, PeerRank, PeerWorker, SendRequest, TransferId
 from kvtransfer.arrival import Arrival
+from kvtransfer.auth import Session
 from kvtransfer.connection import Connection
 from kvtransfer.lanes import Landing
 from kvtransfer.messages import Data
-from tests.simulation import history, oracle
+from tests.simulation import corruption, history, oracle
 from tests.simulation.corruption import InjectionBook, LandingFaults, name_of, spoil_bytes
 from tests.simulation.network import Network, SimSocket
 from tests.simulation.oracle import PoolView
@@ -92,7 +93,6 @@ class Surroundings(Protocol):
     is_lockstep: bool
     costs: CostModel
     preempt_rate: float
-    late_digest_bytes: int
     known: dict[TransferId, Known]
 
     def tell(self, event: history.Event) -> None:
@@ -182,6 +182,12 @@ def _tokens_of(frame: Data, known: Known) -> range:
     return range(first, min(first + frame.num_units * UNIT_TOKENS, len(known.tokens)))
 
 
+def _source_blocks(session: Session, frame: Data, known: Known) -> set[int]:
+    """Where a frame's bytes lay in the sender's pool."""
+    size = session.plan.source.geometry.block_size
+    return {known.block_table[position // size] for position in _tokens_of(frame, known)}
+
+
 class Rank:
     """One rank: a process with an engine thread and a transfer thread, and the guard of its pool's memory."""
 
@@ -233,7 +239,6 @@ class Rank:
             self,
             self.transfer_actor.poke,
         )
-        self.endpoint.thread.late_digest_bytes = world.late_digest_bytes
         self.hook: Final = TransferHook(self.endpoint)
         self.is_ended = False
 
@@ -278,11 +283,20 @@ class Rank:
         if place is not None and not self._worker.is_writable({place[1]}):
             self._worker.breach("INV-9", f"rank {self.tp_rank} writes into block {place[1]} that no transfer holds")
 
-    def before_digest(self) -> None:
-        """The moment at which wrong bytes in the source are the likeliest to travel."""
-        book = self._world.book
-        if book.source_rate and book.is_on and self._world.rng.random() < book.source_rate:
+    def before_digests(self, transfer_id: TransferId, num_tokens: int) -> None:
+        """Wrong bytes in the source from here on get a digest that is right."""
+        if self._spoils:
+            self._worker.spoil_source(self, transfer_id, num_tokens)
+
+    def before_frame(self) -> None:
+        """The moment at which wrong bytes in the source are the likeliest to travel, under digests that are older."""
+        if self._spoils:
             self._worker.spoil_source()
+
+    @property
+    def _spoils(self) -> bool:
+        book = self._world.book
+        return bool(book.source_rate and book.is_on and self._world.rng.random() < book.source_rate)
 
     def digested(self, frame: Data) -> None:
         """INV-8: a digest vouches for blocks, so they must still be the sequence's own."""
@@ -310,6 +324,9 @@ class Rank:
             is_clean = not (was_spoilt or connection.is_fetched or book.wire_rate or book.is_tainted(known.source))
             if is_clean:
                 self._worker.breach("INV-7", f"rank {self.tp_rank} refused a frame that nobody had spoilt")
+            if not is_right and connection.session is not None:
+                for block in _source_blocks(connection.session, frame, known):
+                    book.caught(known.source, frame.source_rank, block)
             return
         self._worker.num_landed += 1
         is_granted = self._worker.is_writable(self._blocks_of(arrival.landing))
@@ -317,10 +334,9 @@ class Rank:
             return
         is_tainted = table is not None and book.is_tainted(known.source)
         if is_tainted and table is not None and connection.session is not None:
-            tokens = _tokens_of(frame, known)
-            source_size, size = connection.session.plan.source.geometry.block_size, self.layout.geometry.block_size
-            source = {known.block_table[position // source_size] for position in tokens}
-            book.spread(known.source, source, self._worker.key, self.tp_rank, {table[p // size] for p in tokens})
+            size, source = self.layout.geometry.block_size, _source_blocks(connection.session, frame, known)
+            targets = {table[position // size] for position in _tokens_of(frame, known)}
+            book.spread(known.source, source, self._worker.key, self.tp_rank, targets)
         name = f"{self._worker.key}#{self.tp_rank}"
         transfer = frame.transfer_id.hex()[:8]
         world.tell(history.Landed(world.scheduler.now(), name, transfer, is_right, is_granted, is_tainted))
@@ -498,6 +514,9 @@ class SimWorker:
         except TellTaleMismatch as error:
             self._mismatch(str(error))
             return False
+        except CorruptPool as error:
+            self._end_as_corrupt(str(error))
+            return False
         except Exception:
             self.defect(where, traceback.format_exc())
             return False
@@ -510,6 +529,12 @@ class SimWorker:
         rank = int(detail.split("rank ")[1].split(",")[0])
         block = int(detail.split("(block ")[1].split(")")[0])
         book.caught(self.key, rank, block)
+        self.world.tell(history.Mismatch(self.world.scheduler.now(), self.key, detail, is_tainted))
+        self.world.crashed(self)
+
+    def _end_as_corrupt(self, detail: str) -> None:
+        """A peer refused KV that is not what it was when its digests were made."""
+        is_tainted = self.world.book.is_tainted(self.key)
         self.world.tell(history.Mismatch(self.world.scheduler.now(), self.key, detail, is_tainted))
         self.world.crashed(self)
 
@@ -621,21 +646,33 @@ class SimWorker:
 
     # Faults.
 
-    def spoil_source(self) -> bool:
-        """Put wrong bytes into KV that is being handed over, before its digest is made; False if there is none."""
+    def spoil_source(
+        self, rank: Rank | None = None, transfer_id: TransferId | None = None, num_tokens: int = 0
+    ) -> bool:
+        """Put wrong bytes into KV that is being handed over; False if there is none.
+
+        Into what a rank is about to make digests of, if that is given, which only a tell-tale can see; else into
+        anything, which mostly has its digests.
+        """
         rng = self.world.rng
         sendings = [
             sending
             for sending in self.leader._sending._by_attempt.values()
-            if sending.num_written and sending.request.attempt_id in self.engine._seqs
+            if sending.num_written
+            and sending.request.attempt_id in self.engine._seqs
+            and transfer_id in (None, sending.transfer_id)
         ]
         if not sendings:
             return False
         sending = rng.choice(sendings)
-        rank = rng.choice(self.ranks)
         table = self.engine.block_table(sending.request.attempt_id)
         num_blocks = -(-sending.num_written // self.shape.block_size)
-        block, layer = rng.choice(table[:num_blocks]), rng.randrange(len(self.world.model.layers))
+        level = corruption.BELOW
+        if rank is None:
+            rank, blocks = rng.choice(self.ranks), table[:num_blocks]
+        else:
+            level, blocks = corruption.ABOVE, table[-(-num_tokens // self.shape.block_size) - 1 : num_blocks]
+        block, layer = rng.choice(blocks), rng.randrange(len(self.world.model.layers))
         if rank.is_ended:
             return False
         view = self._block_bytes(rank, layer, block)
@@ -643,7 +680,7 @@ class SimWorker:
         others = self._block_bytes(rank, other_layer, rng.randrange(self.shape.num_blocks))
         kind = spoil_bytes(view, rng, others)
         if kind is not None:
-            self.world.book.spoil(self.key, rank.tp_rank, block, kind)
+            self.world.book.spoil(self.key, rank.tp_rank, block, level, kind)
         return kind is not None
 
     def _block_bytes(self, rank: Rank, layer: int, block: int) -> memoryview:

@@ -78,8 +78,6 @@ class World:
         self.rng = random.Random(f"{mode} {seed}")
         self._introductions = random.Random(f"introductions {mode} {seed}")
         self._introduces = self._introductions.random() < 0.5
-        # Frames are small here: on shared memory all digests come late, or those of the larger frames, or none.
-        self.late_digest_bytes = self._introductions.choice((0, 0, 1000, 2**30))
         rng = self.rng
         self.scheduler = Scheduler()
         self.model = oracle.model(rng.choice((1, 2, 3)), rng.choice((1, 2, 2, 4)))

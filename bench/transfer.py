@@ -13,7 +13,8 @@ that redirects KV; with --by-layer in one call each, as prefill does.
     memcpy          the layers' bytes from the sender's mapped pool to this one, one contiguous copy per layer
     memcpy blocks   the same bytes block by block as the tables say, in one call of C
     tcp loop        blocking sendall and recv_into, a contiguous layer at a time, with Baton's socket options
-    shm, tcp        Baton, with digests
+    shm, tcp        Baton, with digests; the sender's were made when the KV was written, or rather in the first round
+    ... fresh       the same, and the sender makes its digests within the round, before it sends
     tcp+tls, nixl   the same, encrypted and by NIXL (where its package is there)
     ... no digest   the same without
     ... per block   with digests, one frame per (layer, block) instead of coalesced ones
@@ -79,18 +80,33 @@ COALESCING: Final = 10.0
 """How much faster coalesced frames must be than one per (layer, block), at COALESCING_BLOCK tokens per block."""
 COALESCING_BLOCK: Final = 16
 MIN_TARGET_BYTES: Final = 8 * 2**20
-BATON_ARMS: Final[dict[str, tuple[str, bool, bool]]] = {
-    # arm: (transport, digests, one frame per block)
-    "shm": ("shm", True, False),
-    "shm no digest": ("shm", False, False),
-    "shm per block": ("shm", True, True),
-    "tcp": ("tcp", True, False),
-    "tcp no digest": ("tcp", False, False),
-    "tcp per block": ("tcp", True, True),
-    "tcp+tls": ("tcp+tls", True, False),
+
+
+@dataclass(frozen=True)
+class Arm:
+    """How Baton sends."""
+
+    transport: str
+    verify: bool = True
+    is_fresh: bool = False
+    """The sender's digests are made within the round; else when the KV was written."""
+    is_per_block: bool = False
+    """One frame per (layer, block)."""
+
+
+BATON_ARMS: Final = {
+    "shm": Arm("shm"),
+    "shm fresh": Arm("shm", is_fresh=True),
+    "shm no digest": Arm("shm", verify=False),
+    "shm per block": Arm("shm", is_per_block=True),
+    "tcp": Arm("tcp"),
+    "tcp fresh": Arm("tcp", is_fresh=True),
+    "tcp no digest": Arm("tcp", verify=False),
+    "tcp per block": Arm("tcp", is_per_block=True),
+    "tcp+tls": Arm("tcp+tls"),
 }
 if importlib.util.find_spec("nixl") is not None:
-    BATON_ARMS["nixl"] = ("nixl", True, False)
+    BATON_ARMS["nixl"] = Arm("nixl")
 ARMS: Final = ("memcpy", "memcpy blocks", "tcp loop", *BATON_ARMS)
 _SWITCH_S: Final = 0.0005
 """As a rank process sets it."""
@@ -99,7 +115,7 @@ _SWITCH_S: Final = 0.0005
 class Bench:
     """One process's half: a pool, its bare sockets, and an endpoint per Baton arm."""
 
-    def __init__(self, name: str, block_size: int, num_blocks: int, unix_dir: str) -> None:
+    def __init__(self, worker: str, block_size: int, num_blocks: int, unix_dir: str) -> None:
         self.layout = KVLayout(MODEL, KVGeometry(1, block_size, num_blocks), 0)
         self.fd = os.memfd_create("kv", os.MFD_ALLOW_SEALING | os.MFD_CLOEXEC)
         os.ftruncate(self.fd, self.layout.pool_bytes)
@@ -108,16 +124,16 @@ class Bench:
         self.array = np.frombuffer(self.view, np.uint8)
         self.news = threading.Event()
         self.endpoints: dict[str, Endpoint] = {}
-        for transport, verify in {(transport, verify) for transport, verify, _ in BATON_ARMS.values()}:
+        for transport, verify in {(arm.transport, arm.verify) for arm in BATON_ARMS.values()}:
             config = EndpointConfig(
-                name, name, self.layout, SECRET, unix_dir=unix_dir, transports=(transport,), verify=verify
+                worker, worker, self.layout, SECRET, unix_dir=unix_dir, transports=(transport,), verify=verify
             )
             config = replace(config, identity=make_identity(SECRET) if transport == "tcp+tls" else None)
             endpoint = Endpoint(config, self.view, self.fd)
             endpoint.set_wakeup(self.news.set)
-            for arm, settings in BATON_ARMS.items():
-                if settings[:2] == (transport, verify):
-                    self.endpoints[arm] = endpoint
+            for name, arm in BATON_ARMS.items():
+                if (arm.transport, arm.verify) == (transport, verify):
+                    self.endpoints[name] = endpoint
 
     def expect(self, arm: str, kinds: set[type[TransferEvent]]) -> dict[type[TransferEvent], Any]:
         """One event of each kind."""
@@ -160,9 +176,11 @@ def send_arm(
     endpoint = bench.endpoints[arm]
     transfer_id = TransferId(secrets.token_bytes(16))
     peer = PeerWorker("d", "d", (peers[arm],))
-    is_per_block, block_bytes = BATON_ARMS[arm][2], bench.layout.block_bytes(0)
+    is_per_block, block_bytes = BATON_ARMS[arm].is_per_block, bench.layout.block_bytes(0)
     connection.FRAME_BYTES = block_bytes if is_per_block else FRAME_BYTES  # type: ignore[misc]
     connection.FETCHED_FRAME_BYTES = block_bytes if is_per_block else FETCHED_FRAME_BYTES  # type: ignore[misc]
+    if BATON_ARMS[arm].is_fresh:
+        endpoint.will_write(table, 0, num_tokens)
     endpoint.open_send(SendRequest(transfer_id, peer, num_tokens, tuple(table)))
     accepted = threading.Event()
     bench.expect(arm, {Granted})

@@ -8,7 +8,8 @@ a child sends. Each round runs every arm once, in an order that turns from round
 pages are all touched; medians and the spread are printed, and ratios are medians over the rounds. A round's time runs
 from the sender's first call to the moment when the receiver has the last byte in place (and verified, where the arm
 verifies); the two processes share CLOCK_MONOTONIC. Baton's sender announces all layers in one call, as a worker does
-that redirects KV; with --by-layer in one call each, as prefill does.
+that redirects KV; with --by-layer in one call each, as prefill does. TCP has congestion control "reno" in every arm
+unless told otherwise: with BBR's pacing and cubic's slow start all of them, the bare one too, jump between two speeds.
 
     memcpy          the layers' bytes from the sender's mapped pool to this one, one contiguous copy per layer
     memcpy blocks   the same bytes block by block as the tables say, in one call of C
@@ -425,7 +426,10 @@ def main() -> None:
     parser.add_argument("--block-sizes", type=int, nargs="+", default=[16, 32])
     parser.add_argument("--tables", nargs="+", default=["in order", "shuffled"], choices=["in order", "shuffled"])
     parser.add_argument(
-        "--congestion", metavar="NAME", help="of every TCP arm, the bare one too; default: the system's"
+        "--congestion",
+        metavar="NAME",
+        default="reno",
+        help="of every TCP arm, the bare one too; 'system': the system's",
     )
     parser.add_argument("--by-layer", action="store_true", help="announce KV layer by layer, not all layers at once")
     parser.add_argument("--json", help="write the rows here")
@@ -439,15 +443,16 @@ def main() -> None:
     cores = sorted(os.sched_getaffinity(0))
     print(f"$ {shlex.join(['python', '-m', 'bench.transfer', *sys.argv[1:]])}")
     print(f"{len(cores)} cores, load average {os.getloadavg()[0]:.2f}")
+    congestion = None if arguments.congestion == "system" else arguments.congestion
     with open("/proc/sys/net/ipv4/tcp_congestion_control") as file:
-        print(f"congestion control of TCP: {arguments.congestion or file.read().strip()}")
+        print(f"congestion control of TCP: {congestion or file.read().strip()}")
     if library() is None:
         raise SystemExit("no C++ compiler here: these figures would be of the fall-back")
-    control_congestion(arguments.congestion)
+    control_congestion(congestion)
     rows: list[Row] = []
     for block_size in arguments.block_sizes:
         num_blocks = max(arguments.tokens) // block_size + 1
-        receiver = Receiver(block_size, num_blocks, arguments.congestion, by_layer=arguments.by_layer)
+        receiver = Receiver(block_size, num_blocks, congestion, by_layer=arguments.by_layer)
         try:
             for num_tokens in arguments.tokens:
                 for table in arguments.tables:

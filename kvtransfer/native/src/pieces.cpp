@@ -16,6 +16,7 @@ namespace {
 constexpr size_t DIGEST = 16;
 constexpr size_t AHEAD = 2048;  // how far ahead of a digest its next bytes are fetched
 constexpr size_t PART_BYTES = 512 * 1024;  // received, and hashed, while it is in the core's own cache
+constexpr size_t SENT_BYTES = 1024 * 1024;  // in one call: BBR makes bad estimates of what comes in larger bursts
 constexpr int MAX_IOV = 512;
 
 xxh3::Accumulate accumulate = xxh3::accumulate_of(2);
@@ -166,7 +167,7 @@ API int64_t baton_send(int32_t fd, const iovec* pieces, Cursor* cursor, uint64_t
     while (done < num_bytes) {
         msghdr message{};
         message.msg_iov = batch;
-        message.msg_iovlen = static_cast<size_t>(gather(pieces, *cursor, num_bytes - done, batch));
+        message.msg_iovlen = static_cast<size_t>(gather(pieces, *cursor, least(num_bytes - done, SENT_BYTES), batch));
         const ssize_t sent = sendmsg(fd, &message, MSG_NOSIGNAL | MSG_DONTWAIT);
         if (sent < 0) {
             if (errno == EINTR) continue;

@@ -4,9 +4,10 @@
                              [--json OUT.json] [--check]
 
 The 135 M Llama shape in bf16. Two processes, each pinned to a core of its own where there are two: this one receives,
-a child sends. Each round runs every arm once, in an order that turns from round to round, on the same pools, whose
-pages are all touched; medians and the spread are printed, and ratios are medians over the rounds. A round's time runs
-from the sender's first call to the moment when the receiver has the last byte in place (and verified, where the arm
+a child sends. Each round runs every arm once, in random order (after an arm of 50 ms everything is colder than after one
+of a millisecond), on the same pools, whose pages are all touched. Before each arm both processes write WASH_BYTES of
+other memory, so that no arm finds what the one before it left in a core's own caches. Medians and the spread are printed,
+and ratios are medians over the rounds. A round's time runs from the sender's first call to the moment when the receiver has the last byte in place (and verified, where the arm
 verifies); the two processes share CLOCK_MONOTONIC. Baton's sender announces all layers in one call, as a worker does
 that redirects KV; with --by-layer in one call each, as prefill does. TCP has congestion control "reno" in every arm
 unless told otherwise: with BBR's pacing and cubic's slow start all of them, the bare one too, jump between two speeds.
@@ -28,6 +29,7 @@ import importlib.util
 import json
 import mmap
 import os
+import random
 import secrets
 import shlex
 import socket
@@ -109,12 +111,14 @@ BATON_ARMS: Final = {
 if importlib.util.find_spec("nixl") is not None:
     BATON_ARMS["nixl"] = Arm("nixl")
 ARMS: Final = ("memcpy", "memcpy blocks", "tcp loop", *BATON_ARMS)
+WASH_BYTES: Final = 16 * 2**20
+"""Several times a core's own caches."""
 _SWITCH_S: Final = 0.0005
 """As a rank process sets it."""
 
 
 class Bench:
-    """One process's half: a pool, its bare sockets, and an endpoint per Baton arm."""
+    """One process's half: a pool, its bare sockets, and an endpoint per Baton arm, so that none uses another one's link."""
 
     def __init__(self, worker: str, block_size: int, num_blocks: int, unix_dir: str) -> None:
         self.layout = KVLayout(MODEL, KVGeometry(1, block_size, num_blocks), 0)
@@ -123,18 +127,20 @@ class Bench:
         self.map = mmap.mmap(self.fd, self.layout.pool_bytes)
         self.view = memoryview(self.map)
         self.array = np.frombuffer(self.view, np.uint8)
+        self._other = np.zeros(WASH_BYTES, np.uint8)
         self.news = threading.Event()
         self.endpoints: dict[str, Endpoint] = {}
-        for transport, verify in {(arm.transport, arm.verify) for arm in BATON_ARMS.values()}:
+        for name, arm in BATON_ARMS.items():
             config = EndpointConfig(
-                worker, worker, self.layout, SECRET, unix_dir=unix_dir, transports=(transport,), verify=verify
+                worker, worker, self.layout, SECRET, unix_dir=unix_dir, transports=(arm.transport,), verify=arm.verify
             )
-            config = replace(config, identity=make_identity(SECRET) if transport == "tcp+tls" else None)
-            endpoint = Endpoint(config, self.view, self.fd)
+            config = replace(config, identity=make_identity(SECRET) if arm.transport == "tcp+tls" else None)
+            endpoint = self.endpoints[name] = Endpoint(config, self.view, self.fd)
             endpoint.set_wakeup(self.news.set)
-            for name, arm in BATON_ARMS.items():
-                if (arm.transport, arm.verify) == (transport, verify):
-                    self.endpoints[name] = endpoint
+
+    def wash(self) -> None:
+        """Fill the caches with something else."""
+        self._other += 1
 
     def expect(self, arm: str, kinds: set[type[TransferEvent]]) -> dict[type[TransferEvent], Any]:
         """One event of each kind."""
@@ -166,7 +172,7 @@ class Bench:
 
     def close(self) -> None:
         """Free all."""
-        for endpoint in set(self.endpoints.values()):
+        for endpoint in self.endpoints.values():
             endpoint.close()
 
 
@@ -237,6 +243,7 @@ def run_sender() -> None:
     answer({"pid": os.getpid(), "fd": bench.fd})
     while (command := read())["do"] != "stop":
         num_tokens = command["num_tokens"]
+        bench.wash()
         if command["do"] == "tcp loop":
             slices = bench.layer_slices(num_tokens)
             began = time.monotonic()
@@ -317,6 +324,7 @@ class Receiver:
 
     def run(self, arm: str, num_tokens: int, source_table: list[int], table: list[int]) -> float:
         """Seconds of one round."""
+        self.bench.wash()
         if arm == "memcpy":
             began = time.monotonic()
             for part in self.bench.layer_slices(num_tokens):
@@ -362,8 +370,9 @@ def measure(receiver: Receiver, arms: list[str], num_tokens: int, block_size: in
         return [int(block) for block in blocks]
 
     times: dict[str, list[float]] = {arm: [] for arm in arms}
+    shuffle = random.Random(pairs).sample
     for number in range(pairs + 1):
-        for arm in [*arms[number % len(arms) :], *arms[: number % len(arms)]]:
+        for arm in shuffle(arms, len(arms)):
             seconds = receiver.run(arm, num_tokens, order(2 * number), order(2 * number + 1))
             if number:  # the first round warms pools, sockets and page tables
                 times[arm].append(seconds)

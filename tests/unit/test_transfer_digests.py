@@ -1,0 +1,468 @@
+"""Digests of leaves and of frames: the same by every way they are made, and of the bytes that are there."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import itertools
+import math
+import socket
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from unittest import mock
+
+import numpy as np
+import pytest
+import xxhash
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from baton.kv_layout import UNIT_TOKENS, KVGeometry, KVLayout, LayerSpec, ModelKV
+from kvtransfer import arrival, digests, pool
+from kvtransfer.api import PeerWorker, SendRequest, TransferId
+from kvtransfer.arrival import Arrival
+from kvtransfer.digests import FrameDigest, LeafDigests, SourceDigests, seal
+from kvtransfer.lanes import Landing, Misfit, ReceiveLane, SendLane
+from kvtransfer.messages import DIGEST_BYTES, NO_DIGEST, Data
+from kvtransfer.native.library import library
+from kvtransfer.plan import CopyPlan, TableRuns, plan_copies, rank_pairs
+from kvtransfer.pool import Extents, Pool, address_of
+from tests.support.transfer import new_transfer_id, pattern
+
+CONTEXT = b"both their ranks"
+TP_PAIRS = [(1, 1), (1, 2), (2, 1), (2, 2), (1, 4), (4, 2)]
+native_only = pytest.mark.skipif(library() is None, reason="no C++ compiler: the package makes all digests")
+
+
+def relaxed(max_examples: int) -> settings:
+    """A machine under load is no failure."""
+    return settings(max_examples=max_examples, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+@contextlib.contextmanager
+def packages_only(is_on: bool = True) -> Iterator[None]:
+    """As where there is no compiler."""
+    with contextlib.ExitStack() as stack:
+        for module in (arrival, digests, pool) if is_on else ():
+            stack.enter_context(mock.patch.object(module, "library", lambda: None))
+        yield
+
+
+def xxh3(data: bytes) -> bytes:
+    digest: bytes = xxhash.xxh3_128_digest(data)
+    return digest
+
+
+@dataclass
+class Side:
+    """One rank's pool of garbage with a sequence's KV in it."""
+
+    layout: KVLayout
+    table: Sequence[int]
+    buffer: np.ndarray = field(init=False)
+    digests: LeafDigests = field(init=False)
+
+    def __post_init__(self) -> None:
+        rng = np.random.default_rng(self.layout.tp_rank + self.layout.geometry.block_size)
+        self.buffer = rng.integers(0, 256, self.layout.pool_bytes, np.uint8)
+        self.digests = LeafDigests(self.layout, Pool(self.layout, memoryview(self.buffer)))
+
+    def rows(self, layer: int) -> np.ndarray:
+        """A layer as [block, K|V, local head, token, bytes]."""
+        layout, geometry = self.layout, self.layout.geometry
+        start, size = layout.layer_offset(layer), layout.block_bytes(layer) * geometry.num_blocks
+        heads = len(layout.heads(layer))
+        return self.buffer[start : start + size].reshape(geometry.num_blocks, 2, heads, geometry.block_size, -1)
+
+    def put(self, kv: Sequence[np.ndarray]) -> None:
+        """KV [K|V, head (all), token, bytes] of every layer into the blocks."""
+        for layer, tokens in enumerate(kv):
+            heads, view = self.layout.heads(layer), self.rows(layer)
+            for token in range(tokens.shape[2]):
+                block, at = divmod(token, self.layout.geometry.block_size)
+                view[self.table[block], :, :, at] = tokens[:, heads.start : heads.stop, token]
+
+    def table_of(self) -> bytes:
+        return self.digests.table.tobytes()
+
+
+@dataclass
+class Frame:
+    """What one frame covers on both sides, and whose digest it has by definition."""
+
+    sender: Side
+    receiver: Side
+    plan: CopyPlan
+    layers: range
+    first: int
+    end: int
+
+    def extents(self, side: Side) -> Extents:
+        sides = self.plan.source_sides if side is self.sender else self.plan.destination_sides
+        runs = TableRuns(sides, self.plan.group_tokens, side.table)
+        num_bytes = sum(self.plan.num_bytes(layer, self.end - self.first) for layer in self.layers)
+        return Extents(side.digests.pool, runs.parts(self.layers, self.first, self.end), num_bytes)
+
+    def digest(self, side: Side) -> FrameDigest:
+        return FrameDigest(side.digests, self.extents(side))
+
+    def data(self, digest: bytes = NO_DIGEST) -> Data:
+        ranks = self.plan.source.tp_rank, self.plan.destination.tp_rank
+        num_units = -(-self.end // UNIT_TOKENS) - self.first // UNIT_TOKENS
+        first_unit = self.first // UNIT_TOKENS
+        return Data(
+            TransferId(bytes(16)), *ranks, self.layers.start, len(self.layers), first_unit, num_units, digest, b""
+        )
+
+    def payload(self) -> bytes:
+        return b"".join(bytes(view) for view in self.extents(self.sender).views())
+
+    def expected(self, kv: Sequence[np.ndarray]) -> bytes:
+        """Straight from the definition, without pools: [layer][group][K|V][head][unit]."""
+        leaves = []
+        group = self.plan.group_tokens
+        edges = sorted({self.first, self.end, *range(-(-self.first // group) * group, self.end, group)})
+        for layer in self.layers:
+            side = self.plan.source_sides[layer]
+            first_head = self.plan.source.heads(layer).start + side.first_head
+            heads = range(first_head, first_head + side.num_heads)
+            for (a, b), half, head in itertools.product(itertools.pairwise(edges), range(2), heads):
+                for token in range(a, b, UNIT_TOKENS):
+                    leaf = kv[layer][half, head, token : min(b, token + UNIT_TOKENS)].tobytes()
+                    leaves.append(xxh3(leaf.ljust(self.plan.leaf_bytes(layer), b"\0")))
+        return xxh3(b"".join(leaves))
+
+
+def frames_of(sender: Side, receiver: Side, first: int, end: int, cut: int) -> list[Frame]:
+    """All frames between two ranks: neighbouring layers of one leaf size together, units in runs of `cut` tokens."""
+    plan = plan_copies(sender.layout, receiver.layout)
+    travelling = [layer for layer, num_bytes in enumerate(plan.unit_bytes) if num_bytes]
+    runs: list[range] = []
+    for layer in travelling:
+        last = runs[-1] if runs else range(0)
+        if last and last.stop == layer and plan.leaf_bytes(last.start) == plan.leaf_bytes(layer):
+            runs[-1] = range(last.start, layer + 1)
+        else:
+            runs.append(range(layer, layer + 1))
+    edges = list(itertools.pairwise([*range(first, end, cut), end]))
+    return [Frame(sender, receiver, plan, layers, a, b) for layers in runs for a, b in edges]
+
+
+@st.composite
+def transfers(draw: st.DrawFn) -> tuple[list[Frame], list[np.ndarray]]:
+    """Every frame of a transfer between random workers, the KV on both sides already."""
+    source_tp, destination_tp = draw(st.sampled_from(TP_PAIRS))
+    dims = draw(st.sampled_from([[8], [8, 24], [4, 8], [4, 7]]))  # bfloat16: leaves of 128, 224, 256 and 768 bytes
+    specs = st.tuples(st.sampled_from([1, 2, 4, 8]), st.sampled_from(dims))
+    layers = tuple(LayerSpec(*spec) for spec in draw(st.lists(specs, min_size=1, max_size=4)))
+    model = ModelKV(layers, draw(st.sampled_from(["float32", "bfloat16"])), "f")
+    num_tokens = draw(st.integers(1, 150))
+    first = draw(st.integers(0, (num_tokens - 1) // UNIT_TOKENS)) * UNIT_TOKENS
+    cut = draw(st.integers(1, 10)) * UNIT_TOKENS
+    kv = pattern(model, num_tokens, seed=draw(st.integers(0, 1000)))
+    sides: list[list[Side]] = []
+    for tp in (source_tp, destination_tp):
+        block_size = draw(st.sampled_from([16, 32, 48, 64]))
+        needed = math.ceil(num_tokens / block_size)
+        geometry = KVGeometry(tp, block_size, needed + draw(st.integers(0, 3)))
+        table = draw(st.permutations(range(geometry.num_blocks)))[:needed]
+        sides.append([Side(KVLayout(model, geometry, rank), table) for rank in range(tp)])
+        for side in sides[-1]:
+            side.put(kv)
+    pairs = rank_pairs(model, source_tp, destination_tp)
+    found = [frame for a, b in pairs for frame in frames_of(sides[0][a], sides[1][b], first, num_tokens, cut)]
+    return found, kv
+
+
+# One leaf.
+
+
+def native_digest(data: bytes, leaf_bytes: int = 0, *, offset: int = 0) -> bytes:
+    """By native code, `offset` bytes behind an aligned address."""
+    native = library()
+    assert native is not None
+    buffer, out = np.zeros(len(data) + 64 + offset, np.uint8), np.zeros(DIGEST_BYTES, np.uint8)
+    start = -address_of(buffer) % 64 + offset
+    buffer[start : start + len(data)] = np.frombuffer(data, np.uint8)
+    pieces = np.array([[address_of(buffer) + start, len(data)]], np.uint64)
+    leaves = (ctypes.c_uint64 * 3)(address_of(buffer) + start, address_of(out), leaf_bytes or len(data))
+    native.landed(address_of(pieces), (ctypes.c_uint64 * 4)(), len(data), leaves)
+    return out.tobytes()
+
+
+@native_only
+@pytest.mark.parametrize("width", [0, 1, 2])
+def test_native_xxh3_is_the_packages_whatever_the_width_of_its_registers(width: int) -> None:
+    native = library()
+    assert native is not None
+    sizes = [*range(241, 301), 1023, 1024, 1025, 2048, 4032, 4096, 4160, 8192, 18432]
+    native.digest_width(width)
+    try:
+        for size in sizes:
+            data = np.random.default_rng(size).integers(0, 256, size, np.uint8).tobytes()
+            for offset in (0, 1, 48):
+                assert native_digest(data, offset=offset) == xxh3(data), (size, offset)
+            for constant in (bytes(size), b"\xff" * size):  # the largest carries
+                assert native_digest(constant) == xxh3(constant), size
+    finally:
+        native.digest_width(2)
+
+
+@native_only
+@pytest.mark.parametrize("num_bytes", [1, 16, 255, 256, 1000, 4095])
+def test_a_short_leaf_is_digested_as_if_zeros_followed(num_bytes: int) -> None:
+    data = np.random.default_rng(num_bytes).integers(1, 256, num_bytes, np.uint8).tobytes()
+    assert native_digest(data, 4096) == xxh3(data.ljust(4096, b"\0"))
+
+
+# Frames.
+
+
+@relaxed(60)
+@given(transfers())
+def test_both_ends_and_both_ways_give_the_digest_that_is_defined(case: tuple[list[Frame], list[np.ndarray]]) -> None:
+    frames, kv = case
+    tables = []
+    for is_plain in (False, True):
+        with packages_only(is_plain):
+            for frame in frames:
+                for side in (frame.sender, frame.receiver):
+                    made = frame.digest(side)
+                    made.make()
+                    assert made.result() == frame.expected(kv)
+                    assert frame.digest(side).result() == frame.expected(kv)  # known already
+        sides = {id(side): side for frame in frames for side in (frame.sender, frame.receiver)}.values()
+        tables.append([side.table_of() for side in sides])
+        for side in sides:
+            side.digests.table[:] = 0
+    assert tables[0] == tables[1]
+    for side, table in zip(sides, tables[0], strict=True):
+        check_table(side, np.frombuffer(table, np.uint8), kv)
+
+
+def check_table(side: Side, table: np.ndarray, kv: Sequence[np.ndarray]) -> None:
+    """What is there is in its place: the digest of that leaf, or nothing."""
+    per_block = side.layout.geometry.block_size // UNIT_TOKENS
+    at = num_made = 0
+    for layer, tokens in enumerate(kv):
+        leaf_bytes = side.digests.leaf_bytes[layer]
+        heads = side.layout.heads(layer)
+        shape = (side.layout.geometry.num_blocks, 2, len(heads), per_block, DIGEST_BYTES)
+        slots = table[at : at + math.prod(shape)].reshape(shape)
+        at += math.prod(shape)
+        for block, half, head, unit in np.ndindex(shape[:-1]):
+            digest = slots[block, half, head, unit].tobytes()
+            if digest == bytes(DIGEST_BYTES):
+                continue
+            num_made += 1
+            assert block in side.table
+            first = side.table.index(block) * side.layout.geometry.block_size + unit * UNIT_TOKENS
+            leaf = tokens[half, heads.start + head, first : first + UNIT_TOKENS].tobytes()
+            assert digest == xxh3(leaf.ljust(leaf_bytes, b"\0"))
+    assert at == len(table)
+    assert num_made
+
+
+@relaxed(60)
+@given(transfers(), st.data(), st.booleans())
+def test_another_byte_or_another_order_of_leaves_is_another_digest(
+    case: tuple[list[Frame], list[np.ndarray]], data: st.DataObject, is_plain: bool
+) -> None:
+    frame, side = data.draw(st.sampled_from(case[0])), data.draw(st.sampled_from(["sender", "receiver"]))
+    rank: Side = getattr(frame, side)
+    with packages_only(is_plain):
+
+        def digest() -> bytes:
+            made = frame.digest(rank)
+            made.make()
+            return made.result()
+
+        right = digest()
+        views = frame.extents(rank).views()
+        view = views[data.draw(st.integers(0, len(views) - 1))]
+        at, bit = data.draw(st.integers(0, len(view) - 1)), 1 << data.draw(st.integers(0, 7))
+        view[at] ^= bit
+        assert digest() != right
+        view[at] ^= bit
+        assert digest() == right
+
+        size = frame.plan.leaf_bytes(frame.layers.start)
+        leaves = [piece[i : i + size] for piece in views for i in range(0, len(piece), size)]
+        whole = [leaf for leaf in leaves if len(leaf) == size]
+        if len(whole) < 2:
+            return
+        a, b = data.draw(st.permutations(range(len(whole))))[:2]
+        whole[a][:], whole[b][:] = bytes(whole[b]), bytes(whole[a])
+        assert digest() != right
+
+
+@relaxed(60)
+@given(transfers(), st.data(), st.booleans())
+def test_bytes_that_land_little_by_little_give_the_same_digests(
+    case: tuple[list[Frame], list[np.ndarray]], data: st.DataObject, is_plain: bool
+) -> None:
+    frames, kv = case
+    with packages_only(is_plain):
+        frame = data.draw(st.sampled_from(frames))
+        made, rest = frame.digest(frame.receiver), frame.extents(frame.receiver).num_bytes
+        leaf = frame.plan.leaf_bytes(frame.layers.start)
+        steps = st.one_of(st.integers(1, 3), st.sampled_from([leaf - 1, leaf, leaf + 1]), st.integers(1, 5000))
+        for _ in range(300):
+            step = min(rest, data.draw(steps))
+            made.landed(step)
+            rest -= step
+            if not rest:
+                break
+        if rest:
+            made.landed(rest)
+        assert made.result() == frame.expected(kv)
+
+
+@native_only
+@relaxed(40)
+@given(transfers(), st.data())
+def test_no_leaf_is_digested_before_all_of_it_is_there(
+    case: tuple[list[Frame], list[np.ndarray]], data: st.DataObject
+) -> None:
+    """What lands after a digest was made would not be in it."""
+    frames, kv = case
+    frame = data.draw(st.sampled_from(frames))
+    payload = frame.payload()
+    frame.receiver.buffer[:] = 0
+    made, at = frame.digest(frame.receiver), 0
+    views = frame.extents(frame.receiver).views()
+    while at < len(payload):
+        step = min(len(payload) - at, data.draw(st.integers(1, 1500)))
+        fill(views, at, payload[at : at + step])
+        made.landed(step)
+        at += step
+    assert made.result() == frame.expected(kv)
+
+
+def fill(views: Sequence[memoryview], at: int, data: bytes) -> None:
+    """Bytes [at, at + len(data)) of the views."""
+    for view in views:
+        part = data[: max(0, len(view) - at)] if at < len(view) else b""
+        view[at : at + len(part)] = part
+        data, at = data[len(part) :], max(0, at + len(part) - len(view))
+
+
+@relaxed(40)
+@given(transfers(), st.booleans())
+def test_bytes_that_are_fetched_have_their_digests(
+    case: tuple[list[Frame], list[np.ndarray]], is_plain: bool
+) -> None:
+    frames, kv = case
+    with packages_only(is_plain):
+        for frame in frames:
+            clear(frame.receiver)
+            arrived, fro = arrive(frame, kv), frame.extents(frame.sender)
+            arrived.fetch(frame.sender.digests.pool, fro.parts)
+            assert arrived.is_verified
+            assert b"".join(bytes(view) for view in arrived.views()) == frame.payload()
+            frame.sender.rows(frame.layers.start)[:] ^= 1
+            wrong = arrive(frame, kv)
+            wrong.fetch(frame.sender.digests.pool, fro.parts)
+            assert not wrong.is_verified
+            frame.sender.rows(frame.layers.start)[:] ^= 1
+
+
+def clear(side: Side) -> None:
+    side.buffer[:] = 0xEE
+    side.digests.table[:] = 0
+
+
+def arrive(frame: Frame, kv: Sequence[np.ndarray]) -> Arrival:
+    """The frame as its sender sealed it, on its way into the receiver's pool."""
+    data = frame.data(seal(CONTEXT, frame.data(), frame.expected(kv)))
+    extents = frame.extents(frame.receiver)
+    landing = Landing(list(extents.parts), None, extents.num_bytes)
+    return Arrival(data, landing, frame.receiver.digests, CONTEXT, None)
+
+
+@native_only
+@relaxed(40)
+@given(transfers(), st.data())
+def test_bytes_that_come_on_a_socket_in_tiny_bites_are_verified(
+    case: tuple[list[Frame], list[np.ndarray]], data: st.DataObject
+) -> None:
+    frames, kv = case
+    native = [frame for frame in frames if frame.digest(frame.receiver).native is not None]
+    if not native:
+        return
+    frame = data.draw(st.sampled_from(native))
+    payload = bytearray(frame.payload())
+    is_broken = data.draw(st.booleans())
+    if is_broken:
+        payload[data.draw(st.integers(0, len(payload) - 1))] ^= 0x10
+    clear(frame.receiver)
+    arrived = arrive(frame, kv)
+    assert arrived.is_native
+    bites = st.one_of(st.integers(1, 40), st.integers(1, 3000))
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.setblocking(False)
+        at = came = 0
+        with pytest.raises(BlockingIOError):
+            arrived.receive(ours.fileno(), len(payload))
+        while came < len(payload):
+            at += theirs.send(payload[at : at + data.draw(bites)])
+            while came < at:
+                count = arrived.receive(ours.fileno(), data.draw(bites) if at < len(payload) else len(payload) - came)
+                assert count > 0
+                came += count
+    assert b"".join(bytes(view) for view in arrived.views()) == payload
+    assert arrived.is_verified is not is_broken
+
+
+def test_a_frame_is_sealed_for_what_it_is() -> None:
+    frame = Data(TransferId(b"t" * 16), 0, 1, 2, 3, 4, 5, NO_DIGEST, b"")
+    others = [frame._replace(**{name: 9}) for name in frame._fields[1:7]]
+    others.append(frame._replace(transfer_id=TransferId(b"u" * 16)))
+    sealed = {seal(CONTEXT, other, b"d" * 16) for other in [frame, *others]}
+    sealed |= {seal(CONTEXT, frame, b"e" * 16), seal(b"other ranks here", frame, b"d" * 16)}
+    assert len(sealed) == len(others) + 3
+
+
+# Layers of several head sizes.
+
+MIXED = ModelKV((LayerSpec(2, 8), LayerSpec(4, 8), LayerSpec(2, 16), LayerSpec(2, 8), LayerSpec(1, 4)), "bfloat16", "f")
+
+
+@pytest.mark.parametrize("tp_rank", [0, 1])
+def test_layers_of_several_head_sizes_travel_in_frames_of_their_own(tp_rank: int) -> None:
+    source = Side(KVLayout(MIXED, KVGeometry(1, 32, 6), 0), [4, 1, 3])
+    destination = Side(KVLayout(MIXED, KVGeometry(2, 16, 8), tp_rank), [7, 2, 5, 0, 1])
+    kv = pattern(MIXED, 70)
+    source.put(kv)
+    destination.put(kv)
+    plan = plan_copies(source.layout, destination.layout)
+    lane = SendLane(len(MIXED.layers), source.table, 70)
+    lane.connect(plan)
+    assert lane.accept(0, 2**20)
+    for layer in range(len(MIXED.layers)):
+        lane.mark_ready(layer, 70)
+    layers: list[range] = []
+    while outgoing := lane.next_frame(new_transfer_id(), lambda layer: 70, 2**20, name_blocks=False):
+        frame = outgoing.frame
+        layers.append(range(frame.first_layer, frame.first_layer + frame.num_layers))
+        covered = Frame(source, destination, plan, layers[-1], 0, 70)
+        for side in (source, destination):
+            made = covered.digest(side)
+            made.make()
+            assert made.result() == covered.expected(kv)
+        check_table(source, source.digests.table, kv)
+        check_table(destination, destination.digests.table, kv)
+    assert layers == [range(2), range(2, 3), range(3, 4), range(4, 5)]
+
+
+def test_a_frame_of_several_head_sizes_is_refused() -> None:
+    layout = KVLayout(MIXED, KVGeometry(1, 16, 4), 0)
+    plan = plan_copies(layout, layout)
+    lane = ReceiveLane(plan)
+    lane.accept([0, 1, 2, 3], 64, 0, 2**20)
+    wrong = Data(new_transfer_id(), 0, 0, 1, 2, 0, 4, NO_DIGEST, b"")
+    with pytest.raises(Misfit, match="several head sizes"):
+        lane.begin(wrong, plan.num_bytes(1, 64) + plan.num_bytes(2, 64))
+    assert lane.begin(wrong._replace(first_layer=0), plan.num_bytes(0, 64) + plan.num_bytes(1, 64))

@@ -45,7 +45,7 @@ def packages_only(is_on: bool = True) -> Iterator[None]:
     """As where there is no compiler."""
     with contextlib.ExitStack() as stack:
         for module in (arrival, digests, pool) if is_on else ():
-            stack.enter_context(mock.patch.object(module, "library", lambda: None))
+            stack.enter_context(mock.patch.object(module, "library", return_value=None))
         yield
 
 
@@ -474,8 +474,8 @@ PEER = PeerWorker("d", "1", ())
 
 
 @dataclass
-class Sequence_:
-    """Tokens [0, computed) are in the pool; blocks below `num_shared` are others' as well and never written."""
+class Attempt:
+    """Tokens [0, computed) are in the pool."""
 
     table: list[int]
     prompt: int
@@ -492,8 +492,8 @@ class Offers(RuleBasedStateMachine):
         self.side = Side(LAYOUT, list(range(NUM_BLOCKS)))
         self.sources = SourceDigests(LAYOUT, self.side.digests)
         self.rng = np.random.default_rng(7)
-        self.running: list[Sequence_] = []
-        self.cached: list[Sequence_] = []
+        self.running: list[Attempt] = []
+        self.cached: list[Attempt] = []
         self.known: set[int] = set()
         """Units that were announced in every layer and not written since."""
         self.kept: dict[TransferId, int] = {}
@@ -507,20 +507,20 @@ class Offers(RuleBasedStateMachine):
         held = {block for sequence in self.running for block in sequence.table}
         return [block for block in range(NUM_BLOCKS) if block not in held]
 
-    def units(self, sequence: Sequence_, first: int, end: int) -> list[int]:
+    def units(self, sequence: Attempt, first: int, end: int) -> list[int]:
         where = range(first // UNIT_TOKENS, -(-end // UNIT_TOKENS))
         return [sequence.table[u // UNITS_PER_BLOCK] * UNITS_PER_BLOCK + u % UNITS_PER_BLOCK for u in where]
 
-    def forget(self, sequence: Sequence_, first: int, end: int) -> None:
+    def forget(self, sequence: Attempt, first: int, end: int) -> None:
         self.sources.will_write(tuple(sequence.table), first, end)
         self.known -= set(self.units(sequence, first, end))
 
-    def write(self, sequence: Sequence_, layer: int, first: int, end: int) -> None:
+    def write(self, sequence: Attempt, layer: int, first: int, end: int) -> None:
         for token in range(first, end):
             rows = self.side.rows(layer)[sequence.table[token // BLOCK], :, :, token % BLOCK]
             rows[:] = self.rng.integers(0, 256, rows.shape, np.uint8)
 
-    def admit(self, data: st.DataObject, num_tokens: int) -> Sequence_ | None:
+    def admit(self, data: st.DataObject, num_tokens: int) -> Attempt | None:
         """A sequence with blocks: the head of somebody's, as far as it is full, and free ones."""
         known = self.running + self.cached
         table: list[int] = []
@@ -535,7 +535,7 @@ class Offers(RuleBasedStateMachine):
             return None
         fresh = (free[::-1] if data.draw(st.booleans()) else free)[:num_new]  # the same ones again and again
         self.cached = [other for other in self.cached if not set(fresh) & set(other.table)]
-        sequence = Sequence_(table + fresh, num_tokens, num_shared * BLOCK)
+        sequence = Attempt(table + fresh, num_tokens, num_shared * BLOCK)
         self.running.append(sequence)
         return sequence
 
@@ -586,10 +586,18 @@ class Offers(RuleBasedStateMachine):
             self.end_transfers(sequence)
             self.running.remove(sequence)
 
-    def compute(self, data: st.DataObject, sequences: list[Sequence_], budget: int) -> None:
-        chunks: list[tuple[Sequence_, int, int]] = []
+    @precondition(lambda self: any(seq.computed == seq.prompt and not seq.open for seq in self.running))
+    @rule(data=st.data(), num_tokens=st.integers(1, 40))
+    def decode(self, data: st.DataObject, num_tokens: int) -> None:
+        done = [seq for seq in self.running if seq.computed == seq.prompt and not seq.open]
+        sequence = done[data.draw(st.integers(0, len(done) - 1))]
+        for _ in range(num_tokens):
+            self.compute(data, [sequence], 1)
+
+    def compute(self, data: st.DataObject, sequences: list[Attempt], budget: int) -> None:
+        chunks: list[tuple[Attempt, int, int]] = []
         for sequence in sequences:
-            if not data.draw(st.integers(0, 3)):
+            if len(sequences) > 1 and not data.draw(st.integers(0, 3)):
                 continue
             end = min(sequence.prompt, sequence.computed + budget)
             if sequence.computed == sequence.prompt:  # a decode
@@ -663,18 +671,18 @@ class Offers(RuleBasedStateMachine):
 
     # What the digests must be.
 
-    def offer(self, sequence: Sequence_) -> None:
+    def offer(self, sequence: Attempt) -> None:
         transfer_id = new_transfer_id()
         self.sources.open(SendRequest(transfer_id, PEER, sequence.prompt, tuple(sequence.table)))
         sequence.open[transfer_id] = 0
 
-    def end_transfers(self, sequence: Sequence_) -> None:
+    def end_transfers(self, sequence: Attempt) -> None:
         for transfer_id in sequence.open:
             self.sources.close(transfer_id)
             self.kept.pop(transfer_id, None)
         sequence.open.clear()
 
-    def announce(self, sequence: Sequence_, transfer_id: TransferId, layer: int | None, end: int) -> None:
+    def announce(self, sequence: Attempt, transfer_id: TransferId, layer: int | None, end: int) -> None:
         layers = range(len(MIXED.layers)) if layer is None else (layer,)
         stop = end if end == sequence.prompt else end - end % UNIT_TOKENS
         if transfer_id not in self.kept:
@@ -695,7 +703,7 @@ class Offers(RuleBasedStateMachine):
         for number in layers:
             self.check(sequence, number, stop)
 
-    def announced(self, sequence: Sequence_, transfer_id: TransferId) -> None:
+    def announced(self, sequence: Attempt, transfer_id: TransferId) -> None:
         """In every layer."""
         end = sequence.computed
         sequence.open[transfer_id] = end if end == sequence.prompt else end - end % UNIT_TOKENS
@@ -723,7 +731,7 @@ class Offers(RuleBasedStateMachine):
         block, row = divmod(row, 2 * len(LAYOUT.heads(layer)))
         return layer, row, block * UNITS_PER_BLOCK + unit
 
-    def check(self, sequence: Sequence_, layer: int, end: int) -> None:
+    def check(self, sequence: Attempt, layer: int, end: int) -> None:
         """Tokens [0, end) of a layer have the digests of what lies in the pool."""
         table = self.side.digests.table
         sizes = [
@@ -754,8 +762,8 @@ TestOffers.settings = settings(
 def test_a_later_chunk_is_digested_although_its_blocks_were_announced_for_somebody_else() -> None:
     """A redirect between two chunks finds the digests of the last owner of blocks that are still to be written."""
     machine = Offers()
-    old = Sequence_([0, 1, 2], 96, 0)
-    new = Sequence_([0, 1, 2], 96, 0)
+    old = Attempt([0, 1, 2], 96, 0)
+    new = Attempt([0, 1, 2], 96, 0)
     for sequence, ends in ((old, [96]), (new, [32, 96])):
         for end in ends:
             machine.offer(sequence)
@@ -770,3 +778,48 @@ def test_a_later_chunk_is_digested_although_its_blocks_were_announced_for_somebo
             sequence.computed = end
             machine.announced(sequence, transfer_id)
             machine.end_transfers(sequence)
+
+
+def test_a_unit_is_not_known_before_every_layer_of_it_is() -> None:
+    machine = Offers()
+    last = len(MIXED.layers) - 1
+    attempt = Attempt([3, 1], 64, 64)
+    machine.forget(attempt, 0, 64)
+    for layer in range(last + 1):
+        machine.write(attempt, layer, 0, 64)
+    machine.offer(attempt)
+    machine.announce(attempt, next(iter(attempt.open)), last, 64)
+    machine.end_transfers(attempt)
+    machine.offer(attempt)
+    machine.announce(attempt, next(iter(attempt.open)), None, 64)
+
+
+def test_kv_of_a_decode_is_digested_where_somebody_elses_was_announced() -> None:
+    machine = Offers()
+    old, new = Attempt([2], 32, 32), Attempt([2], 32, 16)
+    machine.forget(old, 0, 32)
+    for layer in range(len(MIXED.layers)):
+        machine.write(old, layer, 0, 32)
+    machine.offer(old)
+    machine.announce(old, next(iter(old.open)), None, 32)
+    machine.announced(old, next(iter(old.open)))
+    for token in range(16, 32):
+        machine.forget(new, token, token + 1)
+        for layer in range(len(MIXED.layers)):
+            machine.write(new, layer, token, token + 1)
+    new.computed = 32
+    machine.offer(new)
+    machine.announce(new, next(iter(new.open)), None, 32)
+
+
+def test_transfers_that_are_over_or_unknown_cost_nothing() -> None:
+    machine = Offers()
+    attempt = Attempt([2], 32, 32)
+    machine.offer(attempt)
+    transfer_id = next(iter(attempt.open))
+    machine.end_transfers(attempt)
+    with mock.patch.object(digests, "FrameDigest", machine.spy):
+        machine.sources.written(transfer_id, None, 32)
+        machine.sources.close(transfer_id)
+        assert machine.sources.is_intact(transfer_id)
+    assert not machine.hashed

@@ -20,7 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from baton.kv_layout import UNIT_TOKENS, KVGeometry, KVLayout, LayerSpec, ModelKV
 from kvtransfer import arrival, digests, pool
-from kvtransfer.api import PeerWorker, SendRequest, TransferId
+from kvtransfer.api import Failed, PeerWorker, SendRequest, TransferId
 from kvtransfer.arrival import Arrival
 from kvtransfer.digests import FrameDigest, LeafDigests, SourceDigests, seal
 from kvtransfer.lanes import Landing, Misfit, ReceiveLane, SendLane
@@ -28,7 +28,7 @@ from kvtransfer.messages import DIGEST_BYTES, NO_DIGEST, Data
 from kvtransfer.native.library import library
 from kvtransfer.plan import CopyPlan, TableRuns, plan_copies, rank_pairs
 from kvtransfer.pool import Extents, Pool, address_of
-from tests.support.transfer import new_transfer_id, pattern
+from tests.support.transfer import MODEL, closing, make_worker, new_transfer_id, open_send, pattern, write_all
 
 CONTEXT = b"both their ranks"
 TP_PAIRS = [(1, 1), (1, 2), (2, 1), (2, 2), (1, 4), (4, 2)]
@@ -812,6 +812,25 @@ def test_kv_of_a_decode_is_digested_where_somebody_elses_was_announced() -> None
     machine.announce(new, next(iter(new.open)), None, 32)
 
 
+@relaxed(100)
+@given(st.integers(0, 95), st.integers(1, 96))
+def test_every_unit_of_which_one_token_is_written_is_digested_again(first: int, num_tokens: int) -> None:
+    machine = Offers()
+    attempt = Attempt([3, 1, 6], 96, 96)
+    end = min(96, first + num_tokens)
+    for layer in range(len(MIXED.layers)):
+        machine.write(attempt, layer, 0, 96)
+    for _ in range(2):
+        machine.offer(attempt)
+        transfer_id = next(iter(attempt.open))
+        machine.announce(attempt, transfer_id, None, 96)
+        machine.announced(attempt, transfer_id)
+        machine.end_transfers(attempt)
+        machine.forget(attempt, first, end)
+        for layer in range(len(MIXED.layers)):
+            machine.write(attempt, layer, first, end)
+
+
 def test_transfers_that_are_over_or_unknown_cost_nothing() -> None:
     machine = Offers()
     attempt = Attempt([2], 32, 32)
@@ -823,3 +842,17 @@ def test_transfers_that_are_over_or_unknown_cost_nothing() -> None:
         machine.sources.close(transfer_id)
         assert machine.sources.is_intact(transfer_id)
     assert not machine.hashed
+
+
+def test_what_is_written_after_the_transfer_thread_died_does_no_harm_until_poll_tells() -> None:
+    """The engine's thread digests the pool by itself: its views must not go with the other thread."""
+    with closing(make_worker("p")) as (worker,):
+        rank, kv = worker.leader, pattern(MODEL, 64)
+        transfer_id = open_send(worker, worker, 64, [0, 1, 2, 3])
+        rank.endpoint._thread.post(lambda: 1 // 0)
+        rank.endpoint._runner.join(10)
+        assert not rank.endpoint._runner.is_alive()
+        write_all(worker, transfer_id, [0, 1, 2, 3], kv)
+        assert [type(event) for event in rank.endpoint.poll()] == [Failed]
+        with pytest.raises(RuntimeError, match="the transfer thread died"):
+            rank.endpoint.poll()

@@ -20,7 +20,16 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from baton.kv_layout import UNIT_TOKENS, KVGeometry, KVLayout, LayerSpec, ModelKV
 from kvtransfer import arrival, digests, pool
-from kvtransfer.api import Failed, PeerWorker, SendRequest, TransferId
+from kvtransfer.api import (
+    Completed,
+    Failed,
+    ManifestReceived,
+    PeerWorker,
+    Received,
+    ReserveRequested,
+    SendRequest,
+    TransferId,
+)
 from kvtransfer.arrival import Arrival
 from kvtransfer.digests import FrameDigest, LeafDigests, SourceDigests, seal
 from kvtransfer.lanes import Landing, Misfit, ReceiveLane, SendLane
@@ -28,7 +37,16 @@ from kvtransfer.messages import DIGEST_BYTES, NO_DIGEST, Data
 from kvtransfer.native.library import library
 from kvtransfer.plan import CopyPlan, TableRuns, plan_copies, rank_pairs
 from kvtransfer.pool import Extents, Pool, address_of
-from tests.support.transfer import MODEL, closing, make_worker, new_transfer_id, open_send, pattern, write_all
+from tests.support.transfer import (
+    MODEL,
+    assert_equal,
+    closing,
+    make_worker,
+    new_transfer_id,
+    open_send,
+    pattern,
+    write_all,
+)
 
 CONTEXT = b"both their ranks"
 TP_PAIRS = [(1, 1), (1, 2), (2, 1), (2, 2), (1, 4), (4, 2)]
@@ -869,3 +887,22 @@ def test_what_is_written_after_the_transfer_thread_died_does_no_harm_until_poll_
         assert [type(event) for event in rank.endpoint.poll()] == [Failed]
         with pytest.raises(RuntimeError, match="the transfer thread died"):
             rank.endpoint.poll()
+
+
+def test_kv_that_was_received_where_other_kv_was_announced_is_offered_with_its_own_digests() -> None:
+    table = [0, 1, 2, 3]
+    with closing(make_worker("a"), make_worker("b")) as (a, b):
+        for number, (source, destination) in enumerate([(a, b), (b, a), (a, b)]):
+            transfer_id = open_send(source, destination, 64, table)
+            destination.leader.expect(ReserveRequested, transfer_id)
+            destination.leader.endpoint.grant(transfer_id, table, 64, 0)
+            if number < 2:
+                write_all(source, transfer_id, table, kv := pattern(MODEL, 64, seed=number))
+            else:
+                source.leader.endpoint.written(transfer_id, None, 64)  # what it got from "b"
+            source.leader.endpoint.finish(transfer_id, b"manifest")
+            destination.leader.expect(Received, transfer_id)
+            destination.leader.expect(ManifestReceived, transfer_id)
+            assert_equal(destination, table, kv)
+            destination.leader.endpoint.complete(transfer_id)
+            source.leader.expect(Completed, transfer_id)

@@ -152,6 +152,7 @@ class SourceDigests:
     """
 
     def __init__(self, layout: KVLayout, digests: LeafDigests) -> None:
+        self._layout = layout
         self._digests = digests
         self._block_size = layout.geometry.block_size
         self._units_per_block = self._block_size // UNIT_TOKENS
@@ -181,16 +182,18 @@ class SourceDigests:
         end = num_tokens - num_tokens % UNIT_TOKENS if num_tokens < offer.num_tokens else offer.num_tokens
         last = len(self._sides) - 1
         if not offer.made:
-            offer.made = [self._num_known(offer) * UNIT_TOKENS] * (last + 1)
+            offer.made = [self._num_known(offer, end) * UNIT_TOKENS] * (last + 1)
         self._make(offer, range(last + 1) if layer is None else (layer,), end)
         if layer in (None, last):
             num_whole = min(offer.made) // UNIT_TOKENS
             self._is_known[offer.units[:num_whole]] = True
             self._has_known = True
 
-    def _num_known(self, offer: _Offer) -> int:
-        """Units at the beginning of the sequence that have their digests."""
-        is_known = self._is_known[offer.units[: offer.num_tokens // UNIT_TOKENS]]
+    def _num_known(self, offer: _Offer, end: int) -> int:
+        """Units at the beginning of tokens [0, end) that have their digests. What follows may still be written: the
+        digests that are there are of what the blocks' last owner had.
+        """
+        is_known = self._is_known[offer.units[: end // UNIT_TOKENS]]
         return len(is_known) if is_known.all() else int(is_known.argmin())
 
     def _make(self, offer: _Offer, layers: Iterable[int], end: int) -> None:
@@ -205,16 +208,20 @@ class SourceDigests:
         return Extents(self._digests.pool, [(layer, runs)], int(runs[:, 1].sum()))
 
     def is_intact(self, transfer_id: TransferId) -> bool:
-        """Is everything that a transfer offered still what its digests say? Makes them anew."""
+        """Is everything that a transfer offered still what its digests say?
+
+        What it offers to others keeps those: digests of what is not intact would make them trust it.
+        """
         offer = self._offers.get(transfer_id)
         if offer is None:
             return True
+        fresh = LeafDigests(self._layout, self._digests.pool)
         for layer, end in enumerate(offer.made):
             if end:
-                digest = FrameDigest(self._digests, self._extents(offer, layer, 0, end))
-                before = digest.result()
-                digest.make()
-                if digest.result() != before:
+                extents = self._extents(offer, layer, 0, end)
+                anew = FrameDigest(fresh, extents)
+                anew.make()
+                if anew.result() != FrameDigest(self._digests, extents).result():
                     return False
         return True
 

@@ -72,11 +72,13 @@ class Endpoint:
         self._unsaid_bytes = 0
         """Written to the pool since the transfer thread was last woken for it."""
         pool: LeafDigests | DevicePool
+        self._digests: LeafDigests | None = None
         self._sources: SourceDigests | None = None
         if isinstance(kv_buffer, DeviceMemory):
             pool = DevicePool(config.layout, kv_buffer.address, kv_buffer.num_bytes)
         else:
-            pool = self._digest(config, kv_buffer)
+            pool = self._digests = LeafDigests(config.layout, Pool(config.layout, kv_buffer))
+            self._sources = SourceDigests(config.layout, pool) if config.verify else None
         listeners: dict[str, Listener] = {}
         agent, exposed = _open_agent(config, kv_buffer, cuda)
         try:
@@ -96,12 +98,6 @@ class Endpoint:
             target=self._thread.run, name=f"kvtransfer-{config.worker_id}-{config.layout.tp_rank}", daemon=True
         )
         self._runner.start()
-
-    def _digest(self, config: EndpointConfig, kv_buffer: memoryview) -> LeafDigests:
-        """The digests of a pool in host memory, none of them made yet."""
-        digests = LeafDigests(config.layout, Pool(config.layout, kv_buffer))
-        self._sources = SourceDigests(config.layout, digests) if config.verify else None
-        return digests
 
     def _listen(self, listeners: dict[str, Listener]) -> PeerRank:
         config = self._config
@@ -245,6 +241,8 @@ class Endpoint:
             self._runner.join(_CLOSE_S)
             if self._runner.is_alive():
                 log.error("the transfer thread did not end", extra={"worker_id": self._config.worker_id})
+        if self._digests is not None and not self._runner.is_alive():
+            self._digests.pool.release()
         self._unlink()
 
     def _unlink(self) -> None:

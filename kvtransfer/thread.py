@@ -504,8 +504,6 @@ class TransferThread:
         self._act()
         self._selector.close()
         self._close_wake_fd()
-        if isinstance(self._pool, LeafDigests):
-            self._pool.pool.release()
         self._publish()
         if self.failure is not None and self.on_events is not None:
             self.on_events()

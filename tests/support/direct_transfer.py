@@ -24,6 +24,8 @@ from kvtransfer.api import (
     TransferEvent,
     TransferId,
 )
+from kvtransfer.digests import LeafDigests, SourceDigests
+from kvtransfer.pool import Pool
 from tests.support.sim_engine import TpSimRunner, copy_kv
 
 
@@ -65,7 +67,10 @@ class Network:
 
 
 class DirectEndpoint:
-    """Implements kvtransfer.api.TransferEndpoint for a leader without followers."""
+    """Implements kvtransfer.api.TransferEndpoint for a leader without followers.
+
+    Where KV is written by the time it is announced, it checks that its digests are made as it must be for an Endpoint.
+    """
 
     def __init__(self, network: Network, worker_id: str, runner: TpSimRunner) -> None:
         self.network = network
@@ -73,6 +78,8 @@ class DirectEndpoint:
         self.runner = runner
         self.events: list[TransferEvent] = []
         self._announced: deque[tuple[TransferId, int, int, Ready | None]] = deque()
+        digests = LeafDigests(runner.layout, Pool(runner.layout, runner.kv_buffer()))
+        self._sources: SourceDigests | None = SourceDigests(runner.layout, digests)
         network.endpoints[worker_id] = self
 
     @property
@@ -83,14 +90,22 @@ class DirectEndpoint:
         destination = self.network.endpoints[request.peer.worker_id]
         self.network.transfers[request.transfer_id] = _Transfer(self, request, destination)
         event = ReserveRequested(request.transfer_id, self.worker_id, request.num_tokens, request.reserve_payload)
+        if self._sources is not None:
+            self._sources.open(request)
         self._send(request.transfer_id, lambda: destination.events.append(event))
 
     def written(self, transfer_id: TransferId, layer: int | None, num_tokens: int, ready: Ready | None = None) -> None:
+        if ready is not None:  # a device keeps no digests
+            self._sources = None
+        if self._sources is not None:
+            self._sources.written(transfer_id, layer, num_tokens)
+            assert self._sources.is_intact(transfer_id), "announced with digests of other bytes"
         self._announced.append((transfer_id, layer, num_tokens, ready))
         self._copy_what_is_ready()
 
     def will_write(self, block_table: Sequence[int], first_token: int, end_token: int) -> None:
-        pass
+        if self._sources is not None:
+            self._sources.will_write(block_table, first_token, end_token)
 
     def _copy_what_is_ready(self) -> None:
         while self._announced and (self._announced[0][3] is None or self._announced[0][3].query()):
@@ -105,11 +120,13 @@ class DirectEndpoint:
         self._send(transfer_id, lambda: destination.events.append(ManifestReceived(transfer_id, manifest)))
 
     def close_send(self, transfer_id: TransferId) -> None:
-        pass
+        if self._sources is not None:
+            self._sources.close(transfer_id)
 
     def grant(self, transfer_id: TransferId, block_table: Sequence[int], num_tokens: int, first_token: int) -> None:
         transfer = self.network.transfers[transfer_id]
         transfer.granted = (tuple(block_table), first_token)
+        self.will_write(block_table, first_token, num_tokens)
         self._send(transfer_id, lambda: transfer.source.events.append(Granted(transfer_id, first_token)))
         self._copy_if_possible(transfer_id)
 
@@ -137,6 +154,10 @@ class DirectEndpoint:
     def poll(self) -> list[TransferEvent]:
         self._copy_what_is_ready()
         events, self.events = self.events, []
+        for event in events:
+            if self._sources is not None and isinstance(event, Completed | Refused | Failed | Quiesced):
+                assert self._sources.is_intact(event.transfer_id), "offered KV has changed before the transfer was over"
+                self._sources.close(event.transfer_id)
         return events
 
     def set_wakeup(self, wake: Callable[[], None]) -> None:
@@ -171,6 +192,8 @@ class DirectEndpoint:
         table, first = transfer.granted
 
         def arrive() -> None:
+            sources = transfer.source._sources
+            assert sources is None or sources.is_intact(transfer_id), "offered KV has changed"
             copy_kv(
                 transfer.source.runner,
                 transfer.request.block_table,

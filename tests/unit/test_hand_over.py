@@ -232,6 +232,27 @@ def test_a_refused_request_keeps_its_kv_and_goes_to_another_worker() -> None:
     pair.close()
 
 
+def test_a_redirect_in_the_middle_of_a_prefill_digests_the_rest_although_its_blocks_were_somebody_elses() -> None:
+    pair = Pair(num_blocks=28, decode_blocks=33)
+    big = request("big", prompt(2, 400), max_tokens=100)
+    second = request("second", prompt(3, 300), max_tokens=5)
+    urgent = request("urgent", prompt(4, 96), max_tokens=2, priority=-1)
+    pair.start(big)
+    pair.run(12)
+    pair.start(second)
+    pair.turn(pair.prefill)
+    pair.start(urgent, None)  # no chunk of the other one between its refusal and its redirect
+    while second.attempt_id not in pair.refused:
+        pair.run(1)
+    pair.prefill.command("redirect", second.attempt_id, codec.pack_peer(pair.decodes[1].peer))
+    pair.run(1)
+    assert not pair.tokens[second.attempt_id], "chunks are still to come"
+    pair.run(150)
+    assert pair.output(second.attempt_id) == alone(second)
+    pair.audit()
+    pair.close()
+
+
 def test_kv_of_earlier_steps_is_announced_with_the_event_of_the_last_one() -> None:
     """A redirect may come while the step that writes is under way."""
 

@@ -13,13 +13,15 @@
 
 namespace {
 
-constexpr size_t DIGEST = 16;
-constexpr size_t AHEAD = 2048;  // how far ahead of a digest its next bytes are fetched
+using xxh3::DIGEST;
+
+constexpr size_t TILE = 4096;  // how far ahead of a digest its next bytes are fetched
+constexpr uint64_t SOON_PIECES = 16;  // so far ahead of a gather its digests are fetched
 constexpr size_t PART_BYTES = 512 * 1024;  // received, and hashed, while it is in the core's own cache
 constexpr size_t SENT_BYTES = 1024 * 1024;  // in one call: BBR makes bad estimates of what comes in larger bursts
 constexpr int MAX_IOV = 512;
 
-xxh3::Accumulate accumulate = xxh3::accumulate_of(2);
+xxh3::Digest digest = xxh3::digest_of<false>(2), copy_digest = xxh3::digest_of<true>(2);
 
 // Where a walk over a list of pieces stands.
 struct Cursor {
@@ -76,16 +78,24 @@ int gather(const iovec* pieces, const Cursor& cursor, size_t limit, iovec* out) 
     return count;
 }
 
-// `ahead`: what will be read afterwards.
-void hash_leaf(const uint8_t* data, size_t num_bytes, const uint8_t* ahead, const Leaves& leaves) {
-    uint8_t* const digest = leaves.digest_of(data);
-    if (num_bytes == leaves.leaf_bytes) {
-        xxh3::digest(data, num_bytes, ahead, accumulate, digest);
-        return;
+// The digests of all leaves of `num_bytes` of a piece. `next`: what will be read afterwards.
+void hash(const uint8_t* data, size_t num_bytes, const uint8_t* next, const Leaves& leaves) {
+    const size_t leaf = leaves.leaf_bytes, count = num_bytes / leaf, rest = num_bytes % leaf;
+    uint8_t* const out = leaves.digest_of(data);
+    digest(data, leaf, count, next, out, nullptr);
+    if (rest) {
+        std::vector<uint8_t> padded(leaf);
+        std::memcpy(padded.data(), data + count * leaf, rest);
+        digest(padded.data(), leaf, 1, padded.data(), out + count * DIGEST, nullptr);
     }
-    std::vector<uint8_t> padded(leaves.leaf_bytes);
-    std::memcpy(padded.data(), data, num_bytes);
-    xxh3::digest(padded.data(), padded.size(), padded.data(), accumulate, digest);
+}
+
+// Whole leaves copied and hashed in one pass. `next`: what will be read afterwards.
+void copy_leaves(uint8_t* to, const uint8_t* from, size_t num_bytes, const uint8_t* next, const Leaves& leaves) {
+    const size_t leaf = leaves.leaf_bytes, body = num_bytes > TILE ? (num_bytes - TILE) / leaf * leaf : 0;
+    uint8_t* const out = leaves.digest_of(to);
+    copy_digest(from, leaf, body / leaf, from + TILE, out, to);
+    copy_digest(from + body, leaf, (num_bytes - body) / leaf, next, out + body / leaf * DIGEST, to + body);
 }
 
 // `num_bytes` more have landed: hashes the leaves that are complete.
@@ -94,17 +104,16 @@ void land(const iovec* pieces, Progress& progress, size_t num_bytes, const Leave
     Cursor& hashed = progress.hashed;
     const Cursor& landed = progress.landed;
     while (hashed.piece < landed.piece || hashed.offset < landed.offset) {
-        const size_t rest = left(pieces, hashed), leaf = least(rest, leaves.leaf_bytes);
-        if (hashed.piece == landed.piece && hashed.offset + leaf > landed.offset) return;
+        const bool is_whole = hashed.piece < landed.piece;  // else its last leaf may be coming
+        const size_t rest = left(pieces, hashed);
+        const size_t ready = is_whole ? rest : (landed.offset - hashed.offset) / leaves.leaf_bytes * leaves.leaf_bytes;
+        if (!ready) return;
         const uint8_t* data = at(pieces, hashed);
-        const uint8_t* ahead = data;
-        if (rest >= AHEAD + leaf) {
-            ahead = data + AHEAD;
-        } else if (hashed.piece + 1 < landed.piece) {
-            ahead = static_cast<const uint8_t*>(pieces[hashed.piece + 1].iov_base) + (AHEAD > rest ? AHEAD - rest : 0);
-        }
-        hash_leaf(data, leaf, ahead, leaves);
-        advance(pieces, hashed, leaf);
+        const size_t body = ready > TILE ? (ready - TILE) / leaves.leaf_bytes * leaves.leaf_bytes : 0;
+        const void* const next = hashed.piece + 1 < landed.piece ? pieces[hashed.piece + 1].iov_base : data;
+        hash(data, body, data + TILE, leaves);
+        hash(data + body, ready - body, static_cast<const uint8_t*>(next), leaves);
+        advance(pieces, hashed, ready);
     }
 }
 
@@ -113,7 +122,10 @@ void land(const iovec* pieces, Progress& progress, size_t num_bytes, const Leave
 API int32_t baton_pieces_abi() { return 5; }
 
 // For tests: 0 portable, 1 AVX2, 2 AVX-512, each only where the CPU has it.
-API void baton_digest_width(int32_t width) { accumulate = xxh3::accumulate_of(width); }
+API void baton_digest_width(int32_t width) {
+    digest = xxh3::digest_of<false>(width);
+    copy_digest = xxh3::digest_of<true>(width);
+}
 
 // The next `num_bytes` of the pieces are in place: makes the digests of the leaves that are complete with them.
 API void baton_landed(const iovec* pieces, Progress* progress, uint64_t num_bytes, const Leaves* leaves) {
@@ -127,11 +139,16 @@ API uint64_t baton_digest(const iovec* pieces, uint64_t count, const Leaves* lea
     digests.clear();
     for (uint64_t i = 0; i < count; ++i) {
         const size_t size = (pieces[i].iov_len + leaves->leaf_bytes - 1) / leaves->leaf_bytes * DIGEST;
+        if (i + SOON_PIECES < count) {
+            const uint8_t* const soon = leaves->digest_of(pieces[i + SOON_PIECES].iov_base);
+            xxh3::fetch(soon);
+            xxh3::fetch(soon + 64);
+        }
         const uint8_t* const first = leaves->digest_of(pieces[i].iov_base);
         digests.insert(digests.end(), first, first + size);
     }
     if (digests.size() > xxh3::MAX_SHORT) {
-        xxh3::digest(digests.data(), digests.size(), digests.data(), accumulate, out);
+        digest(digests.data(), digests.size(), 1, digests.data(), out, nullptr);
         return 0;
     }
     std::memcpy(out, digests.data(), digests.size());
@@ -142,18 +159,24 @@ API uint64_t baton_digest(const iovec* pieces, uint64_t count, const Leaves* lea
 API void baton_copy(const iovec* to, const iovec* from, uint64_t num_bytes, const Leaves* leaves) {
     Cursor to_at{0, 0}, from_at{0, 0};
     while (num_bytes) {
-        const size_t rest = left(to, to_at), part = leaves ? least(rest, leaves->leaf_bytes) : rest;
         uint8_t* const data = at(to, to_at);
-        for (size_t done = 0; done < part;) {
-            const size_t here = least(part - done, left(from, from_at));
-            std::memcpy(data + done, at(from, from_at), here);
-            advance(from, from_at, here);
-            done += here;
-        }
-        num_bytes -= part;
-        if (leaves) {
-            const bool is_next_whole = num_bytes && left(from, from_at) >= part;
-            hash_leaf(data, part, is_next_whole ? at(from, from_at) : data, *leaves);
+        const uint8_t* const source = at(from, from_at);
+        const size_t here = least(left(to, to_at), left(from, from_at));
+        const size_t whole = leaves ? here / leaves->leaf_bytes * leaves->leaf_bytes : here;
+        const size_t part = whole ? whole : leaves ? least(left(to, to_at), leaves->leaf_bytes) : here;
+        if (leaves && whole) {
+            advance(from, from_at, part);
+            num_bytes -= part;
+            copy_leaves(data, source, part, num_bytes ? at(from, from_at) : source, *leaves);
+        } else {
+            for (size_t done = 0; done < part;) {
+                const size_t run = least(part - done, left(from, from_at));
+                std::memcpy(data + done, at(from, from_at), run);
+                advance(from, from_at, run);
+                done += run;
+            }
+            num_bytes -= part;
+            if (leaves) hash(data, part, data, *leaves);
         }
         advance(to, to_at, part);
     }

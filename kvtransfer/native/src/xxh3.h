@@ -14,7 +14,9 @@
 
 namespace xxh3 {
 
+constexpr size_t DIGEST = 16;     // bytes
 constexpr size_t MAX_SHORT = 240;  // bytes: so few are treated in other ways
+constexpr size_t SOON = 2048;  // bytes: so far ahead of a copy its destination is fetched
 constexpr size_t STRIPE = 64;
 constexpr uint32_t STRIPES_PER_BLOCK = 16;
 constexpr uint64_t PRIME32_1 = 0x9E3779B1u, PRIME32_2 = 0x85EBCA77u, PRIME32_3 = 0xC2B2AE3Du;
@@ -49,118 +51,15 @@ inline void fetch(const uint8_t* at) { __builtin_prefetch(at, 0, 3); }
 constexpr uint64_t START[8] = {PRIME32_3, PRIME64_1, PRIME64_2, PRIME64_3, PRIME64_4, PRIME32_2, PRIME64_5, PRIME32_1};
 constexpr size_t BLOCK = STRIPES_PER_BLOCK * STRIPE;
 
-// What `num_bytes` from `data` on make of the eight words. As many from `ahead` on, wherever that is, are fetched into
-// the cache meanwhile: the CPU's own prefetching ends with a page.
-using Accumulate = void (*)(uint64_t* acc, const uint8_t* data, size_t num_bytes, const uint8_t* ahead);
+// The canonical, big-endian digests of `count` inputs of `num_bytes`, more than MAX_SHORT, that lie one after the other:
+// one after the other to `out`. As many bytes from `ahead` on, wherever that is, are fetched into the cache meanwhile:
+// the CPU's own prefetching ends with a page. `to`: what was read, and hashed, is written there; for a COPY only.
+using Digest = void (*)(const uint8_t* data, size_t num_bytes, size_t count, const uint8_t* ahead, uint8_t* out,
+                        uint8_t* to);
 
-inline void stripe_portable(uint64_t* acc, const uint8_t* data, const uint8_t* secret) {
-    for (int i = 0; i < 8; ++i) {
-        const uint64_t lane = word(data + 8 * i), value = lane ^ word(secret + 8 * i);
-        acc[i ^ 1] += lane;
-        acc[i] += (value & 0xffffffffu) * (value >> 32);
-    }
-}
+#define XXH3_INLINE inline __attribute__((always_inline))
 
-inline void accumulate_portable(uint64_t* acc, const uint8_t* data, size_t num_bytes, const uint8_t* ahead) {
-    std::memcpy(acc, START, sizeof START);
-    const size_t count = (num_bytes - 1) / STRIPE;
-    for (size_t n = 0; n < count; ++n) {
-        fetch(ahead + n * STRIPE);
-        stripe_portable(acc, data + n * STRIPE, SECRET + 8 * (n % STRIPES_PER_BLOCK));
-        if (n % STRIPES_PER_BLOCK == STRIPES_PER_BLOCK - 1) {
-            for (int i = 0; i < 8; ++i) {
-                acc[i] = (acc[i] ^ (acc[i] >> 47) ^ word(SECRET + SCRAMBLE_AT + 8 * i)) * PRIME32_1;
-            }
-        }
-    }
-    stripe_portable(acc, data + num_bytes - STRIPE, SECRET + LAST_STRIPE_AT);
-}
-
-#if defined(__x86_64__)
-__attribute__((target("avx512f"))) inline __m512i stripe_avx512(__m512i acc, const uint8_t* data, const uint8_t* secret) {
-    const __m512i lanes = _mm512_loadu_si512(data), value = _mm512_xor_si512(lanes, _mm512_loadu_si512(secret));
-    const __m512i product = _mm512_mul_epu32(value, _mm512_srli_epi64(value, 32));
-    const __m512i swapped = _mm512_shuffle_epi32(lanes, _MM_PERM_BADC);
-    return _mm512_add_epi64(acc, _mm512_add_epi64(product, swapped));
-}
-
-__attribute__((target("avx512f"))) inline __m512i scrambled(__m512i acc) {
-    const __m512i secret = _mm512_loadu_si512(SECRET + SCRAMBLE_AT), prime = _mm512_set1_epi64(PRIME32_1);
-    acc = _mm512_xor_si512(_mm512_xor_si512(acc, _mm512_srli_epi64(acc, 47)), secret);
-    const __m512i high = _mm512_slli_epi64(_mm512_mul_epu32(_mm512_srli_epi64(acc, 32), prime), 32);
-    return _mm512_add_epi64(_mm512_mul_epu32(acc, prime), high);
-}
-
-__attribute__((target("avx512f"))) inline void accumulate_avx512(uint64_t* acc_words, const uint8_t* data,
-                                                                 size_t num_bytes, const uint8_t* ahead) {
-    const uint8_t* const last = data + num_bytes - STRIPE;
-    __m512i acc = _mm512_loadu_si512(START);
-    size_t count = (num_bytes - 1) / STRIPE;
-    for (; count >= STRIPES_PER_BLOCK; count -= STRIPES_PER_BLOCK, data += BLOCK, ahead += BLOCK) {
-#pragma GCC unroll 16
-        for (uint32_t n = 0; n < STRIPES_PER_BLOCK; ++n) {
-            fetch(ahead + n * STRIPE);
-            acc = stripe_avx512(acc, data + n * STRIPE, SECRET + 8 * n);
-        }
-        acc = scrambled(acc);
-    }
-    for (size_t n = 0; n < count; ++n) {
-        fetch(ahead + n * STRIPE);
-        acc = stripe_avx512(acc, data + n * STRIPE, SECRET + 8 * n);
-    }
-    _mm512_storeu_si512(acc_words, stripe_avx512(acc, last, SECRET + LAST_STRIPE_AT));
-}
-
-__attribute__((target("avx2"))) inline __m256i stripe_avx2(__m256i acc, const uint8_t* data, const uint8_t* secret) {
-    const __m256i lanes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(data));
-    const __m256i value = _mm256_xor_si256(lanes, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(secret)));
-    const __m256i product = _mm256_mul_epu32(value, _mm256_srli_epi64(value, 32));
-    return _mm256_add_epi64(acc, _mm256_add_epi64(product, _mm256_shuffle_epi32(lanes, _MM_SHUFFLE(1, 0, 3, 2))));
-}
-
-__attribute__((target("avx2"))) inline __m256i scrambled2(__m256i acc, const uint8_t* at) {
-    const __m256i secret = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
-    const __m256i prime = _mm256_set1_epi64x(PRIME32_1);
-    acc = _mm256_xor_si256(_mm256_xor_si256(acc, _mm256_srli_epi64(acc, 47)), secret);
-    const __m256i high = _mm256_slli_epi64(_mm256_mul_epu32(_mm256_srli_epi64(acc, 32), prime), 32);
-    return _mm256_add_epi64(_mm256_mul_epu32(acc, prime), high);
-}
-
-__attribute__((target("avx2"))) inline void accumulate_avx2(uint64_t* acc_words, const uint8_t* data, size_t num_bytes,
-                                                            const uint8_t* ahead) {
-    __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(START));
-    __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(START + 4));
-    const size_t count = (num_bytes - 1) / STRIPE;
-    for (size_t n = 0; n < count; ++n) {
-        const uint8_t* const stripe = data + n * STRIPE;
-        const uint8_t* const secret = SECRET + 8 * (n % STRIPES_PER_BLOCK);
-        fetch(ahead + n * STRIPE);
-        low = stripe_avx2(low, stripe, secret);
-        high = stripe_avx2(high, stripe + 32, secret + 32);
-        if (n % STRIPES_PER_BLOCK == STRIPES_PER_BLOCK - 1) {
-            low = scrambled2(low, SECRET + SCRAMBLE_AT);
-            high = scrambled2(high, SECRET + SCRAMBLE_AT + 32);
-        }
-    }
-    const uint8_t* const last = data + num_bytes - STRIPE;
-    low = stripe_avx2(low, last, SECRET + LAST_STRIPE_AT);
-    high = stripe_avx2(high, last + 32, SECRET + LAST_STRIPE_AT + 32);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(acc_words), low);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(acc_words + 4), high);
-}
-#endif
-
-// The widest that this CPU runs, or a narrower one: 0 portable, 1 AVX2, 2 AVX-512.
-inline Accumulate accumulate_of(int width) {
-#if defined(__x86_64__)
-    if (width >= 2 && __builtin_cpu_supports("avx512f")) return accumulate_avx512;
-    if (width >= 1 && __builtin_cpu_supports("avx2")) return accumulate_avx2;
-#endif
-    (void)width;
-    return accumulate_portable;
-}
-
-inline uint64_t merged(const uint64_t* acc, const uint8_t* secret, uint64_t result) {
+XXH3_INLINE uint64_t merged(const uint64_t* acc, const uint8_t* secret, uint64_t result) {
     for (int i = 0; i < 8; i += 2) {
         const unsigned __int128 product = static_cast<unsigned __int128>(acc[i] ^ word(secret + 8 * i)) *
                                           (acc[i + 1] ^ word(secret + 8 * i + 8));
@@ -171,14 +70,154 @@ inline uint64_t merged(const uint64_t* acc, const uint8_t* secret, uint64_t resu
     return result ^ (result >> 32);
 }
 
-// The canonical, big-endian digest of more than 240 bytes.
-inline void digest(const uint8_t* data, size_t num_bytes, const uint8_t* ahead, Accumulate accumulate, uint8_t out[16]) {
-    uint64_t acc[8];
-    accumulate(acc, data, num_bytes, ahead);
+XXH3_INLINE void finish(const uint64_t* acc, size_t num_bytes, uint8_t* out) {
     const uint64_t low = merged(acc, SECRET + LOW_AT, num_bytes * PRIME64_1);
     const uint64_t high = merged(acc, SECRET + HIGH_AT, ~(num_bytes * PRIME64_2));
     const uint64_t words[2] = {__builtin_bswap64(high), __builtin_bswap64(low)};
     std::memcpy(out, words, sizeof words);
+}
+
+inline void stripe_portable(uint64_t* acc, const uint8_t* data, const uint8_t* secret) {
+    for (int i = 0; i < 8; ++i) {
+        const uint64_t lane = word(data + 8 * i), value = lane ^ word(secret + 8 * i);
+        acc[i ^ 1] += lane;
+        acc[i] += (value & 0xffffffffu) * (value >> 32);
+    }
+}
+
+template <bool COPY>
+void digest_portable(const uint8_t* data, size_t num_bytes, size_t count, const uint8_t* ahead, uint8_t* out,
+                     uint8_t* to) {
+    for (; count; --count, data += num_bytes, ahead += num_bytes, out += DIGEST, to += COPY ? num_bytes : 0) {
+        if (COPY) {  // then from there: the source may change meanwhile
+            std::memcpy(to, data, num_bytes);
+            digest_portable<false>(to, num_bytes, 1, ahead, out, nullptr);
+            continue;
+        }
+        uint64_t acc[8];
+        std::memcpy(acc, START, sizeof START);
+        for (size_t n = 0; n < (num_bytes - 1) / STRIPE; ++n) {
+            fetch(ahead + n * STRIPE);
+            stripe_portable(acc, data + n * STRIPE, SECRET + 8 * (n % STRIPES_PER_BLOCK));
+            if (n % STRIPES_PER_BLOCK == STRIPES_PER_BLOCK - 1) {
+                for (int i = 0; i < 8; ++i) {
+                    acc[i] = (acc[i] ^ (acc[i] >> 47) ^ word(SECRET + SCRAMBLE_AT + 8 * i)) * PRIME32_1;
+                }
+            }
+        }
+        stripe_portable(acc, data + num_bytes - STRIPE, SECRET + LAST_STRIPE_AT);
+        finish(acc, num_bytes, out);
+    }
+}
+
+#if defined(__x86_64__)
+__attribute__((target("avx512f,bmi2"))) XXH3_INLINE __m512i stripe_avx512(__m512i acc, __m512i lanes, const uint8_t* secret) {
+    const __m512i value = _mm512_xor_si512(lanes, _mm512_loadu_si512(secret));
+    const __m512i product = _mm512_mul_epu32(value, _mm512_srli_epi64(value, 32));
+    const __m512i swapped = _mm512_shuffle_epi32(lanes, _MM_PERM_BADC);
+    return _mm512_add_epi64(acc, _mm512_add_epi64(product, swapped));
+}
+
+__attribute__((target("avx512f,bmi2"))) XXH3_INLINE __m512i scrambled(__m512i acc) {
+    const __m512i secret = _mm512_loadu_si512(SECRET + SCRAMBLE_AT), prime = _mm512_set1_epi64(PRIME32_1);
+    acc = _mm512_xor_si512(_mm512_xor_si512(acc, _mm512_srli_epi64(acc, 47)), secret);
+    const __m512i high = _mm512_slli_epi64(_mm512_mul_epu32(_mm512_srli_epi64(acc, 32), prime), 32);
+    return _mm512_add_epi64(_mm512_mul_epu32(acc, prime), high);
+}
+
+// One stripe, read once: hashed and, if COPY, written.
+template <bool COPY>
+__attribute__((target("avx512f,bmi2"))) XXH3_INLINE __m512i taken_avx512(__m512i acc, const uint8_t* data,
+                                                                         const uint8_t* secret, uint8_t* to) {
+    const __m512i lanes = _mm512_loadu_si512(data);
+    if (COPY) {
+        __builtin_prefetch(to + SOON, 1, 3);  // else each store waits for its line
+        _mm512_storeu_si512(to, lanes);
+    }
+    return stripe_avx512(acc, lanes, secret);
+}
+
+template <bool COPY>
+__attribute__((target("avx512f,bmi2"))) void digest_avx512(const uint8_t* data, size_t num_bytes, size_t count,
+                                                           const uint8_t* ahead, uint8_t* out, uint8_t* to) {
+    for (; count; --count, data += num_bytes, ahead += num_bytes, out += DIGEST, to += COPY ? num_bytes : 0) {
+        __m512i acc = _mm512_loadu_si512(START);
+        size_t n = 0;
+        const size_t stripes = (num_bytes - 1) / STRIPE;
+        for (; n + STRIPES_PER_BLOCK <= stripes; n += STRIPES_PER_BLOCK) {
+#pragma GCC unroll 16
+            for (size_t k = 0; k < STRIPES_PER_BLOCK; ++k) {
+                fetch(ahead + (n + k) * STRIPE);
+                acc = taken_avx512<COPY>(acc, data + (n + k) * STRIPE, SECRET + 8 * k, to + (n + k) * STRIPE);
+            }
+            acc = scrambled(acc);
+        }
+        for (size_t k = 0; n < stripes; ++n, ++k) {
+            fetch(ahead + n * STRIPE);
+            acc = taken_avx512<COPY>(acc, data + n * STRIPE, SECRET + 8 * k, to + n * STRIPE);
+        }
+        alignas(64) uint64_t words[8];
+        const size_t last = num_bytes - STRIPE;
+        _mm512_store_si512(words, taken_avx512<COPY>(acc, data + last, SECRET + LAST_STRIPE_AT, to + last));
+        finish(words, num_bytes, out);
+    }
+}
+
+__attribute__((target("avx2,bmi2"))) XXH3_INLINE __m256i stripe_avx2(__m256i acc, const uint8_t* data, const uint8_t* secret) {
+    const __m256i lanes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(data));
+    const __m256i value = _mm256_xor_si256(lanes, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(secret)));
+    const __m256i product = _mm256_mul_epu32(value, _mm256_srli_epi64(value, 32));
+    return _mm256_add_epi64(acc, _mm256_add_epi64(product, _mm256_shuffle_epi32(lanes, _MM_SHUFFLE(1, 0, 3, 2))));
+}
+
+__attribute__((target("avx2,bmi2"))) XXH3_INLINE __m256i scrambled2(__m256i acc, const uint8_t* at) {
+    const __m256i secret = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
+    const __m256i prime = _mm256_set1_epi64x(PRIME32_1);
+    acc = _mm256_xor_si256(_mm256_xor_si256(acc, _mm256_srli_epi64(acc, 47)), secret);
+    const __m256i high = _mm256_slli_epi64(_mm256_mul_epu32(_mm256_srli_epi64(acc, 32), prime), 32);
+    return _mm256_add_epi64(_mm256_mul_epu32(acc, prime), high);
+}
+
+template <bool COPY>
+__attribute__((target("avx2,bmi2"))) void digest_avx2(const uint8_t* data, size_t num_bytes, size_t count,
+                                                      const uint8_t* ahead, uint8_t* out, uint8_t* to) {
+    for (; count; --count, data += num_bytes, ahead += num_bytes, out += DIGEST, to += COPY ? num_bytes : 0) {
+        if (COPY) {  // then from there: the source may change meanwhile
+            std::memcpy(to, data, num_bytes);
+            digest_avx2<false>(to, num_bytes, 1, ahead, out, nullptr);
+            continue;
+        }
+        __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(START));
+        __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(START + 4));
+        for (size_t n = 0; n < (num_bytes - 1) / STRIPE; ++n) {
+            const uint8_t* const secret = SECRET + 8 * (n % STRIPES_PER_BLOCK);
+            fetch(ahead + n * STRIPE);
+            low = stripe_avx2(low, data + n * STRIPE, secret);
+            high = stripe_avx2(high, data + n * STRIPE + 32, secret + 32);
+            if (n % STRIPES_PER_BLOCK == STRIPES_PER_BLOCK - 1) {
+                low = scrambled2(low, SECRET + SCRAMBLE_AT);
+                high = scrambled2(high, SECRET + SCRAMBLE_AT + 32);
+            }
+        }
+        const uint8_t* const last = data + num_bytes - STRIPE;
+        alignas(32) uint64_t words[8];
+        _mm256_store_si256(reinterpret_cast<__m256i*>(words), stripe_avx2(low, last, SECRET + LAST_STRIPE_AT));
+        _mm256_store_si256(reinterpret_cast<__m256i*>(words + 4), stripe_avx2(high, last + 32, SECRET + LAST_STRIPE_AT + 32));
+        finish(words, num_bytes, out);
+    }
+}
+#endif
+
+// The widest that this CPU runs, or a narrower one: 0 portable, 1 AVX2, 2 AVX-512.
+template <bool COPY>
+Digest digest_of(int width) {
+#if defined(__x86_64__)
+    const bool has_bmi2 = __builtin_cpu_supports("bmi2");
+    if (width >= 2 && has_bmi2 && __builtin_cpu_supports("avx512f")) return digest_avx512<COPY>;
+    if (width >= 1 && has_bmi2 && __builtin_cpu_supports("avx2")) return digest_avx2<COPY>;
+#endif
+    (void)width;
+    return digest_portable<COPY>;
 }
 
 }  // namespace xxh3

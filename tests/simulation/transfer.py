@@ -19,13 +19,14 @@ from kvtransfer.api import EndpointConfig, PeerRank, Ready, SendRequest, Transfe
 from kvtransfer.arrival import Arrival
 from kvtransfer.auth import Acceptor, Connector
 from kvtransfer.connection import Connection, Dialling
-from kvtransfer.digests import LeafDigests
+from kvtransfer.digests import LeafDigests, SourceDigests
 from kvtransfer.endpoint import Endpoint
 from kvtransfer.faults import FaultHook
 from kvtransfer.frames import HEAD_BYTES
 from kvtransfer.lanes import Landing
 from kvtransfer.link import OutgoingFrame
 from kvtransfer.messages import Data
+from kvtransfer.pool import Pool
 from kvtransfer.switchboard import Switchboard
 from kvtransfer.thread import TransferThread
 from kvtransfer.transports import shm, tcp
@@ -227,8 +228,10 @@ class SimEndpoint(Endpoint):
         if address.unix_path:
             self.listeners[shm.NAME] = network.listen(address.unix_path, config.host, poke)
         pool_fd = kv_fd if shm.NAME in config.transports else None
+        self._digests = LeafDigests(config.layout, Pool(config.layout, kv_buffer))
+        self._sources = SourceDigests(config.layout, self._digests) if config.verify else None
         self._thread: SimTransferThread = SimTransferThread(
-            config, self._digest(config, kv_buffer), pool_fd, self.listeners, clock, faults, network, watcher, poke
+            config, self._digests, pool_fd, self.listeners, clock, faults, network, watcher, poke
         )
 
     @property
@@ -250,6 +253,8 @@ class SimEndpoint(Endpoint):
         """The process ends in order."""
         with contextlib.suppress(ValueError):
             self._thread.shut_down("the endpoint was closed")
+        assert self._digests is not None
+        self._digests.pool.release()
 
 
 def is_inside_frame(connection: Connection) -> bool:

@@ -228,6 +228,35 @@ def test_native_xxh3_is_the_packages_whatever_the_width_of_its_registers(width: 
 
 
 @native_only
+@pytest.mark.parametrize("width", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("leaf_bytes", "num_bytes"), [(256, 256), (300, 3000), (2048, 24_576), (2048, 5000), (9000, 20_000)]
+)
+def test_a_copy_digests_what_it_writes_whatever_the_cuts_of_its_source(
+    width: int, leaf_bytes: int, num_bytes: int
+) -> None:
+    native = library()
+    assert native is not None
+    data = np.random.default_rng(num_bytes).integers(0, 256, num_bytes, np.uint8)
+    num_leaves = -(-num_bytes // leaf_bytes)
+    native.digest_width(width)
+    try:
+        for cuts in ((), (leaf_bytes,), (1, 100, num_bytes - 3), range(77, num_bytes, 777)):
+            to, out = np.zeros(num_bytes, np.uint8), np.zeros(num_leaves * DIGEST_BYTES, np.uint8)
+            edges = sorted({0, num_bytes, *(cut for cut in cuts if cut < num_bytes)})
+            fro = np.array([[address_of(data) + a, b - a] for a, b in itertools.pairwise(edges)], np.uint64)
+            whole = np.array([[address_of(to), num_bytes]], np.uint64)
+            leaves = (ctypes.c_uint64 * 3)(address_of(to), address_of(out), leaf_bytes)
+            native.copy(address_of(whole), address_of(fro), num_bytes, leaves)
+            assert (to == data).all()
+            padded = data.tobytes().ljust(num_leaves * leaf_bytes, b"\0")
+            expected = [xxh3(padded[at : at + leaf_bytes]) for at in range(0, len(padded), leaf_bytes)]
+            assert out.tobytes() == b"".join(expected), list(cuts)
+    finally:
+        native.digest_width(2)
+
+
+@native_only
 @pytest.mark.parametrize("num_bytes", [1, 16, 255, 256, 1000, 4095])
 def test_a_short_leaf_is_digested_as_if_zeros_followed(num_bytes: int) -> None:
     data = np.random.default_rng(num_bytes).integers(1, 256, num_bytes, np.uint8).tobytes()

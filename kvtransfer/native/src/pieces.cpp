@@ -78,6 +78,17 @@ int gather(const iovec* pieces, const Cursor& cursor, size_t limit, iovec* out) 
     return count;
 }
 
+// Copies the next `num_bytes` of the pieces.
+void copy_some(uint8_t* to, const iovec* pieces, Cursor& cursor, size_t num_bytes) {
+    while (num_bytes) {
+        const size_t here = least(left(pieces, cursor), num_bytes);
+        std::memcpy(to, at(pieces, cursor), here);
+        advance(pieces, cursor, here);
+        to += here;
+        num_bytes -= here;
+    }
+}
+
 // The digests of all leaves of `num_bytes` of a piece. `next`: what will be read afterwards.
 void hash(const uint8_t* data, size_t num_bytes, const uint8_t* next, const Leaves& leaves) {
     const size_t leaf = leaves.leaf_bytes, count = num_bytes / leaf, rest = num_bytes % leaf;
@@ -161,22 +172,21 @@ API void baton_copy(const iovec* to, const iovec* from, uint64_t num_bytes, cons
     while (num_bytes) {
         uint8_t* const data = at(to, to_at);
         const uint8_t* const source = at(from, from_at);
-        const size_t here = least(left(to, to_at), left(from, from_at));
-        const size_t whole = leaves ? here / leaves->leaf_bytes * leaves->leaf_bytes : here;
-        const size_t part = whole ? whole : leaves ? least(left(to, to_at), leaves->leaf_bytes) : here;
-        if (leaves && whole) {
+        const size_t room = left(to, to_at), here = least(room, left(from, from_at));
+        size_t part = leaves ? here / leaves->leaf_bytes * leaves->leaf_bytes : here;
+        if (part) {
             advance(from, from_at, part);
             num_bytes -= part;
-            copy_leaves(data, source, part, num_bytes ? at(from, from_at) : source, *leaves);
-        } else {
-            for (size_t done = 0; done < part;) {
-                const size_t run = least(part - done, left(from, from_at));
-                std::memcpy(data + done, at(from, from_at), run);
-                advance(from, from_at, run);
-                done += run;
+            if (leaves) {
+                copy_leaves(data, source, part, num_bytes ? at(from, from_at) : source, *leaves);
+            } else {
+                std::memcpy(data, source, part);
             }
+        } else {  // the source's piece ends within a leaf, or this is the short one
+            part = least(room, leaves->leaf_bytes);
+            copy_some(data, from, from_at, part);
             num_bytes -= part;
-            if (leaves) hash(data, part, data, *leaves);
+            hash(data, part, data, *leaves);
         }
         advance(to, to_at, part);
     }

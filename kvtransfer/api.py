@@ -197,7 +197,7 @@ class TransferEndpoint(Protocol):
         ...
 
     def written(self, transfer_id: TransferId, layer: int | None, num_tokens: int, ready: Ready | None = None) -> None:
-        """KV of `layer` (None: of every layer) for tokens [0, num_tokens) is in the pool, or will be once `ready` fired.
+        """KV of `layer` (None: of every layer) for tokens [0, num_tokens) is in the pool, or on a device will be once `ready` fired.
 
         Its digests are made here, on the caller's thread, unless they are known from an earlier transfer. Full units go out as credits allow. Events fire in the order of the calls that bring them.
         """

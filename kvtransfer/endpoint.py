@@ -140,8 +140,14 @@ class Endpoint:
         self._thread.post(self._thread.now_do, self._thread.send.open, request)
 
     def written(self, transfer_id: TransferId, layer: int | None, num_tokens: int, ready: Ready | None = None) -> None:
-        """KV of `layer` (None: of every layer) for tokens [0, num_tokens) is in the pool, once `ready` has fired."""
+        """KV of `layer` (None: of every layer) for tokens [0, num_tokens) is in the pool, once `ready` has fired.
+
+        Raises:
+            ValueError: no such layer, or a pool in host memory whose KV is still to come.
+        """
         layout = self._config.layout
+        if ready is not None and self._digests is not None:
+            raise ValueError("KV in host memory must be there when it is announced")
         is_urgent = layer is None or layer == len(layout.model.layers) - 1
         if layer is not None:
             if not 0 <= layer < len(layout.model.layers):

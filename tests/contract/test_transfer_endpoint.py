@@ -792,6 +792,14 @@ def test_one_side_that_verifies_is_enough(lab: Lab) -> None:
 # What callers get wrong is an error at once.
 
 
+class Fired:
+    """An event of a device."""
+
+    def query(self) -> bool:
+        """See Ready."""
+        return True
+
+
 def test_impossible_requests_are_refused_where_they_are_made(lab: Lab) -> None:
     rank = lab.worker("p", num_blocks=4).leader
     peer = PeerWorker("d", "i", ())
@@ -805,6 +813,9 @@ def test_impossible_requests_are_refused_where_they_are_made(lab: Lab) -> None:
         rank.endpoint.open_send(SendRequest(TransferId(b"short"), peer, 16, (0,)))
     with pytest.raises(ValueError, match="no layer 3"):
         rank.endpoint.written(new_transfer_id(), 3, 16)
+    if rank.cuda is None:
+        with pytest.raises(ValueError, match="must be there"):
+            rank.endpoint.written(new_transfer_id(), 0, 16, ready=Fired())
     with pytest.raises(ValueError, match="control payload"):
         rank.endpoint.finish(new_transfer_id(), bytes(9 * 2**20))
 

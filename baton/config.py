@@ -46,7 +46,7 @@ class ConfigError(ValueError):
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 class ModelSection(_Section):
@@ -109,7 +109,7 @@ class TransferSection(_Section):
 
     transports: tuple[Literal["shm", "nixl", "cuda_ipc", "tcp"], ...] = ("shm", "tcp")  # in order of preference
     credit_bytes: Bytes = Field(default=32 * 2**20, ge=2**16)
-    lease_s: float = Field(default=10.0, gt=0.1)
+    lease_s: float = Field(default=10.0, gt=0.1, le=3600)
 
     @model_validator(mode="after")
     def _tcp_is_the_fallback(self) -> TransferSection:

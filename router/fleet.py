@@ -146,7 +146,7 @@ class Fleet:
     def kv_arrived(self, path: KVPath) -> None:
         """An attempt's KV got through."""
         if self.reachability.worked(path):
-            logger.info("kv path works again", extra=_names(path))
+            logger.warning("kv path works again", extra=_names(path))  # as loud as its end was
 
     def kv_did_not_arrive(self, path: KVPath, reason: str) -> None:
         """An attempt's KV did not get through. Others that wait to take this path hear of it."""

@@ -99,6 +99,19 @@ def test_what_cuda_does_not_do_yet_is_refused_by_the_configuration(settings: tup
         configure("--device", "cuda", *settings)
 
 
+@pytest.mark.parametrize("value", ["0.1", "0", "-1", "3601", "70000", ".inf", ".nan"])
+def test_a_lease_that_no_socket_can_keep_is_refused(value: str) -> None:
+    assert configure("--set", "transfer.lease_s=3600").transfer.lease_s == 3600
+    with pytest.raises(ValueError, match=r"transfer\.lease_s"):
+        configure("--set", f"transfer.lease_s={value}")
+
+
+@pytest.mark.parametrize("key", ["router.request_timeout_s", "cluster.startup_timeout_s", "cluster.stop_grace_s"])
+def test_times_are_finite(key: str) -> None:
+    with pytest.raises(ValueError, match=key):
+        configure("--set", f"{key}=.inf")
+
+
 def test_who_computes_prompts_is_a_choice_on_cuda_alone() -> None:
     choice = ("--set", "engine.prompt_attention=triton")
     assert configure("--device", "cuda", *choice).engine.prompt_attention == "triton"

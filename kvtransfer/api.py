@@ -199,7 +199,12 @@ class TransferEndpoint(Protocol):
     def written(self, transfer_id: TransferId, layer: int | None, num_tokens: int, ready: Ready | None = None) -> None:
         """KV of `layer` (None: of every layer) for tokens [0, num_tokens) is in the pool, or on a device will be once `ready` fired.
 
-        Its digests are made here, on the caller's thread, unless they are known from an earlier transfer. Full units go out as credits allow. Events fire in the order of the calls that bring them.
+        Its digests are made here, on the caller's thread, unless they are known from an earlier transfer: then a step that
+        announces a layer has read what they are of, and they are checked. Full units go out as credits allow. Events fire
+        in the order of the calls that bring them.
+
+        Raises:
+            CorruptPool: KV that an earlier transfer announced is not what it was.
         """
         ...
 

@@ -26,7 +26,7 @@ import numpy.typing as npt
 import xxhash
 
 from baton.kv_layout import UNIT_TOKENS, KVLayout
-from kvtransfer.api import SendRequest, TransferId
+from kvtransfer.api import CorruptPool, SendRequest, TransferId
 from kvtransfer.messages import DIGEST_BYTES, Data
 from kvtransfer.native.library import Library, library
 from kvtransfer.plan import LayerSide, TableRuns
@@ -141,6 +141,10 @@ class _Offer:
     num_tokens: int
     made: list[int] = field(default_factory=list)
     """Per layer: the digests of tokens [0, n) are there. Empty until KV is announced for the first time."""
+    kept: int = 0
+    """Tokens [0, n) had their digests before."""
+    unchecked: set[int] = field(default_factory=set)
+    """Layers in which a step reads those, and nobody has looked whether they are what they were."""
 
 
 class SourceDigests:
@@ -148,7 +152,7 @@ class SourceDigests:
 
     Whole units that were offered once keep them for the next transfer of the same blocks (another decode worker,
     another request with the same prefix), until somebody is about to write there: bytes that have changed since they
-    were written will not match.
+    were written will not match. A step that reads a prefix is told before anything is made of it.
     """
 
     def __init__(self, layout: KVLayout, digests: LeafDigests) -> None:
@@ -158,6 +162,8 @@ class SourceDigests:
         self._units_per_block = self._block_size // UNIT_TOKENS
         self._is_known = np.zeros(layout.geometry.num_blocks * self._units_per_block, np.bool_)
         self._has_known = False
+        self._anew: LeafDigests | None = None
+        """For comparisons: others go on with those that there are."""
         self._offers: dict[TransferId, _Offer] = {}
         sides: dict[tuple[int, int], LayerSide] = {}
         self._sides: list[LayerSide] = []
@@ -175,14 +181,24 @@ class SourceDigests:
         )
 
     def written(self, transfer_id: TransferId, layer: int | None, num_tokens: int) -> None:
-        """KV of `layer` (None: of every layer) for tokens [0, num_tokens) is in the pool: make its digests."""
+        """KV of `layer` (None: of every layer) for tokens [0, num_tokens) is in the pool: make its digests.
+
+        Raises:
+            CorruptPool: a step reads a prefix that is not what it was when its digests were made.
+        """
         offer = self._offers.get(transfer_id)
         if offer is None:
             return
         end = num_tokens - num_tokens % UNIT_TOKENS if num_tokens < offer.num_tokens else offer.num_tokens
         last = len(self._sides) - 1
         if not offer.made:
-            offer.made = [self._num_known(offer, end) * UNIT_TOKENS] * (last + 1)
+            offer.kept = self._num_known(offer, end) * UNIT_TOKENS
+            offer.made = [offer.kept] * (last + 1)
+            offer.unchecked = set() if layer is None else set(range(last + 1))
+        if layer in offer.unchecked:
+            offer.unchecked.remove(layer)
+            if not self._is_right(offer, layer, offer.kept):
+                raise CorruptPool("KV of a cached prefix is not what was written there")
         self._make(offer, range(last + 1) if layer is None else (layer,), end)
         if layer in (None, last):
             num_whole = min(offer.made) // UNIT_TOKENS
@@ -215,15 +231,18 @@ class SourceDigests:
         offer = self._offers.get(transfer_id)
         if offer is None:
             return True
-        fresh = LeafDigests(self._layout, self._digests.pool)
-        for layer, end in enumerate(offer.made):
-            if end:
-                extents = self._extents(offer, layer, 0, end)
-                anew = FrameDigest(fresh, extents)
-                anew.make()
-                if anew.result() != FrameDigest(self._digests, extents).result():
-                    return False
-        return True
+        return all(self._is_right(offer, layer, end) for layer, end in enumerate(offer.made))
+
+    def _is_right(self, offer: _Offer, layer: int, end: int) -> bool:
+        """Has a layer's KV of tokens [0, end) the digests that were made of it?"""
+        if not end:
+            return True
+        if self._anew is None:
+            self._anew = LeafDigests(self._layout, self._digests.pool)
+        extents = self._extents(offer, layer, 0, end)
+        anew = FrameDigest(self._anew, extents)
+        anew.make()
+        return anew.result() == FrameDigest(self._digests, extents).result()
 
     def close(self, transfer_id: TransferId) -> None:
         """The transfer is over. Unknown ids are ignored."""

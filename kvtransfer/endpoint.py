@@ -144,6 +144,7 @@ class Endpoint:
 
         Raises:
             ValueError: no such layer, or a pool in host memory whose KV is still to come.
+            CorruptPool: KV of a cached prefix is not what was written.
         """
         layout = self._config.layout
         if ready is not None and self._digests is not None:

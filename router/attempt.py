@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Final
 
@@ -68,9 +68,11 @@ class Attempt:
         clock: Clock,
         *,
         max_unread_tokens: int,
+        avoid: Collection[WorkerKey] = (),
     ) -> None:
-        """`delivered`: output tokens that the client already has; they become input."""
+        """`delivered`: output tokens that the client already has; they become input. `avoid`: workers that failed earlier attempts."""
         self.id = id
+        self._avoid = avoid
         self._work = work
         self._token_ids = work.token_ids + delivered
         self._base = len(delivered)  # index of this attempt's first token
@@ -338,6 +340,7 @@ class Attempt:
             refused=self._refused,
             unreachable=self._unreachable,
             broken=fleet.avoided_paths(),
+            avoid=self._avoid,
         )
         if found.error is not None:
             self.blamed = set(found.blamed)

@@ -84,6 +84,7 @@ class Generation:
                 dispatcher.fleet,
                 dispatcher.clock,
                 max_unread_tokens=dispatcher.max_unread_tokens,
+                avoid=frozenset(avoid),
             )
             try:
                 group = attempt.begin(placement)

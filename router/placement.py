@@ -163,10 +163,12 @@ def redirect(
     refused: Collection[WorkerKey],
     unreachable: Collection[WorkerKey],
     broken: Collection[KVPath] = (),
+    avoid: Collection[WorkerKey] = (),
 ) -> Redirect:
     """Where KV that is pinned at `prefill` goes after `refused` had no room and it did not get to `unreachable`.
 
-    A prefill worker from which no path is left that is not `broken` is the one to avoid: others may reach them.
+    Workers to `avoid` failed the request before: rather than they, those without room are asked again. A prefill worker
+    from which no path is left that is not `broken` is the one to avoid: others may reach them.
     """
     others = [
         view
@@ -182,6 +184,7 @@ def redirect(
     if not reachable:
         error = TransferError(f"Worker {prefill.key.worker_id} reached no decode worker.")
         return Redirect(error=error, blamed=frozenset({prefill.key}))
+    reachable = [view for view in reachable if view.key not in avoid] or reachable
     fresh = [view for view in reachable if view.key not in refused]
     fresh.sort(key=lambda view: (-view.num_free_blocks * view.block_size, view.num_seqs, view.key))
     return Redirect(tuple(view.key for view in fresh))

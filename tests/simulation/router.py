@@ -232,6 +232,7 @@ class Attempt:
             refused=self._refused,
             unreachable=self._unreachable,
             broken=router.reachability.avoided(now),
+            avoid=self.request.avoid,
         )
         if found.error is not None:
             self.fail(found.error.code, set(found.blamed))

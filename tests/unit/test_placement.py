@@ -249,12 +249,17 @@ def test_broken_paths_are_never_taken_and_never_leave_nobody(
     refused=st.sets(keys),
     unreachable=st.sets(keys),
     broken=st.sets(st.builds(KVPath, keys, keys)),
+    avoid=st.sets(keys),
 )
 def test_a_redirect_names_only_who_may_be_asked(
-    fleet: list[WorkerView], refused: set[WorkerKey], unreachable: set[WorkerKey], broken: set[KVPath]
+    fleet: list[WorkerView],
+    refused: set[WorkerKey],
+    unreachable: set[WorkerKey],
+    broken: set[KVPath],
+    avoid: set[WorkerKey],
 ) -> None:
     start = fleet[0]
-    found = redirect(fleet, start, refused=refused, unreachable=unreachable, broken=broken)
+    found = redirect(fleet, start, refused=refused, unreachable=unreachable, broken=broken, avoid=avoid)
     by_key = {v.key: v for v in fleet}
     for key in found.decodes:
         assert key not in refused | unreachable | {start.key}
@@ -262,8 +267,11 @@ def test_a_redirect_names_only_who_may_be_asked(
         assert not by_key[key].is_draining
         assert by_key[key].group == start.group
     assert not (found.decodes and found.error)
-    again = redirect(fleet, start, refused=(), unreachable=unreachable, broken=broken)
+    again = redirect(fleet, start, refused=(), unreachable=unreachable, broken=broken, avoid=avoid)
     assert bool(again.decodes) == (found.error is None), "who waits, waits for somebody"
+    anybody = redirect(fleet, start, refused=(), unreachable=unreachable, broken=broken)
+    if avoid & set(found.decodes):
+        assert set(anybody.decodes) <= avoid, "somebody else could have been waited for"
 
 
 def test_prefixes_are_remembered_up_to_a_capacity_shared_beginnings_longest() -> None:

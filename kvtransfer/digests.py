@@ -29,7 +29,7 @@ from baton.kv_layout import UNIT_TOKENS, KVLayout
 from kvtransfer.api import CorruptPool, SendRequest, TransferId
 from kvtransfer.messages import DIGEST_BYTES, Data
 from kvtransfer.native.library import Library, library
-from kvtransfer.plan import LayerSide, TableRuns
+from kvtransfer.plan import TableRuns, local_sides
 from kvtransfer.pool import Bytes, Extents, Pool, address_of
 
 _IDENTITY: Final = struct.Struct("<16s16sIIIIII")
@@ -165,17 +165,12 @@ class SourceDigests:
         self._anew: LeafDigests | None = None
         """For comparisons: others go on with those that there are."""
         self._offers: dict[TransferId, _Offer] = {}
-        sides: dict[tuple[int, int], LayerSide] = {}
-        self._sides: list[LayerSide] = []
-        for layer, leaf_bytes in enumerate(digests.leaf_bytes):
-            num_heads, token_bytes = len(layout.heads(layer)), leaf_bytes // UNIT_TOKENS
-            side = LayerSide(self._block_size, token_bytes, num_heads, 0, num_heads)
-            self._sides.append(sides.setdefault((num_heads, token_bytes), side))
+        self._sides = local_sides(layout)
 
     def open(self, request: SendRequest) -> None:
         """A transfer begins. The blocks may still be written."""
         self._offers[request.transfer_id] = _Offer(
-            TableRuns(tuple(self._sides), self._block_size, request.block_table),
+            TableRuns(self._sides, self._block_size, request.block_table),
             self._units(request.block_table, 0, request.num_tokens),
             request.num_tokens,
         )

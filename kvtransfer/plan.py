@@ -238,6 +238,16 @@ def plan_copies(source: KVLayout, destination: KVLayout) -> CopyPlan:
     )
 
 
+def local_sides(layout: KVLayout) -> tuple[LayerSide, ...]:
+    """All heads of all layers of one rank, as if they travelled."""
+    sides: list[LayerSide] = []
+    for layer, spec in enumerate(layout.model.layers):
+        token_bytes, num_heads = spec.head_dim * layout.model.itemsize_bytes, len(layout.heads(layer))
+        side = LayerSide(layout.geometry.block_size, token_bytes, num_heads, 0, num_heads)
+        sides.append(_same(side, sides))
+    return tuple(sides)
+
+
 def _same(side: LayerSide, seen: list[LayerSide]) -> LayerSide:
     """One object per distinct side, so that layers of one shape share cached runs."""
     return seen[seen.index(side)] if side in seen else side

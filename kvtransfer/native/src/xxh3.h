@@ -85,15 +85,9 @@ inline void stripe_portable(uint64_t* acc, const uint8_t* data, const uint8_t* s
     }
 }
 
-template <bool COPY>
-void digest_portable(const uint8_t* data, size_t num_bytes, size_t count, const uint8_t* ahead, uint8_t* out,
-                     uint8_t* to) {
-    for (; count; --count, data += num_bytes, ahead += num_bytes, out += DIGEST, to += COPY ? num_bytes : 0) {
-        if (COPY) {  // then from there: the source may change meanwhile
-            std::memcpy(to, data, num_bytes);
-            digest_portable<false>(to, num_bytes, 1, ahead, out, nullptr);
-            continue;
-        }
+inline void digest_portable(const uint8_t* data, size_t num_bytes, size_t count, const uint8_t* ahead, uint8_t* out,
+                            uint8_t*) {
+    for (; count; --count, data += num_bytes, ahead += num_bytes, out += DIGEST) {
         uint64_t acc[8];
         std::memcpy(acc, START, sizeof START);
         for (size_t n = 0; n < (num_bytes - 1) / STRIPE; ++n) {
@@ -178,15 +172,9 @@ __attribute__((target("avx2,bmi2"))) XXH3_INLINE __m256i scrambled2(__m256i acc,
     return _mm256_add_epi64(_mm256_mul_epu32(acc, prime), high);
 }
 
-template <bool COPY>
-__attribute__((target("avx2,bmi2"))) void digest_avx2(const uint8_t* data, size_t num_bytes, size_t count,
-                                                      const uint8_t* ahead, uint8_t* out, uint8_t* to) {
-    for (; count; --count, data += num_bytes, ahead += num_bytes, out += DIGEST, to += COPY ? num_bytes : 0) {
-        if (COPY) {  // then from there: the source may change meanwhile
-            std::memcpy(to, data, num_bytes);
-            digest_avx2<false>(to, num_bytes, 1, ahead, out, nullptr);
-            continue;
-        }
+__attribute__((target("avx2,bmi2"))) inline void digest_avx2(const uint8_t* data, size_t num_bytes, size_t count,
+                                                             const uint8_t* ahead, uint8_t* out, uint8_t*) {
+    for (; count; --count, data += num_bytes, ahead += num_bytes, out += DIGEST) {
         __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(START));
         __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(START + 4));
         for (size_t n = 0; n < (num_bytes - 1) / STRIPE; ++n) {
@@ -208,16 +196,25 @@ __attribute__((target("avx2,bmi2"))) void digest_avx2(const uint8_t* data, size_
 }
 #endif
 
+// A COPY for a width that reads twice: copied, then hashed where it lies, for the source may change meanwhile.
+template <Digest PLAIN>
+void copied(const uint8_t* data, size_t num_bytes, size_t count, const uint8_t* ahead, uint8_t* out, uint8_t* to) {
+    for (; count; --count, data += num_bytes, ahead += num_bytes, out += DIGEST, to += num_bytes) {
+        std::memcpy(to, data, num_bytes);
+        PLAIN(to, num_bytes, 1, ahead, out, nullptr);
+    }
+}
+
 // The widest that this CPU runs, or a narrower one: 0 portable, 1 AVX2, 2 AVX-512.
 template <bool COPY>
 Digest digest_of(int width) {
 #if defined(__x86_64__)
     const bool has_bmi2 = __builtin_cpu_supports("bmi2");
     if (width >= 2 && has_bmi2 && __builtin_cpu_supports("avx512f")) return digest_avx512<COPY>;
-    if (width >= 1 && has_bmi2 && __builtin_cpu_supports("avx2")) return digest_avx2<COPY>;
+    if (width >= 1 && has_bmi2 && __builtin_cpu_supports("avx2")) return COPY ? copied<digest_avx2> : digest_avx2;
 #endif
     (void)width;
-    return digest_portable<COPY>;
+    return COPY ? copied<digest_portable> : digest_portable;
 }
 
 }  // namespace xxh3

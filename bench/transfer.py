@@ -337,7 +337,7 @@ class Receiver:
             to, fro = self.bench.pieces(num_tokens, table), self.bench.pieces(num_tokens, source_table)
             fro[:, 0] += np.uint64((address_of(self._source) - address_of(self.bench.array)) % 2**64)  # wraps
             began = time.monotonic()
-            native.copy(address_of(to), address_of(fro), int(to[:, 1].sum()), None)
+            native.copy(address_of(to), address_of(fro), int(to[:, 1].sum()), None, False)
             return time.monotonic() - began
         self._tell(do=arm, num_tokens=num_tokens, table=source_table)
         if arm == "tcp loop":

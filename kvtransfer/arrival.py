@@ -13,7 +13,7 @@ from kvtransfer.lanes import Landing
 from kvtransfer.messages import Data
 from kvtransfer.native.library import library
 from kvtransfer.plan import Part
-from kvtransfer.pool import Extents, Pool, address_of, copy
+from kvtransfer.pool import Extents, Pool, copy
 
 
 class DeviceArrival:
@@ -81,8 +81,7 @@ class Arrival:
         """
         assert self._native is not None
         leaves = None if self._digest is None else self._digest.leaves
-        pieces = address_of(self.extents.pieces)
-        count = int(self._native.receive(fd, pieces, self._progress, num_bytes, leaves))
+        count = int(self._native.receive(fd, self.extents.address, self._progress, num_bytes, leaves, self.landing.is_streamed))
         if count < 0:
             raise OSError(-count, os.strerror(-count))
         return count
@@ -100,7 +99,7 @@ class Arrival:
         """Copy all bytes from `parts` of another pool."""
         fro = Extents(source, parts, self.landing.num_bytes)
         if self._native is not None and self._digest is not None:
-            self._digest.fetch(fro)
+            self._digest.fetch(fro, streams=self.landing.is_streamed)
         else:
             copy(self.extents, fro)
             self.landed(self.landing.num_bytes)

@@ -5,10 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 
-import numpy as np
-
 from kvtransfer.native.library import Library
-from kvtransfer.pool import Extents, address_of
+from kvtransfer.pool import Extents
 
 
 class Departure:
@@ -16,10 +14,10 @@ class Departure:
 
     def __init__(self, native: Library, head: bytes, extents: Extents) -> None:
         self._native = native
-        self._head = np.frombuffer(head, np.uint8)
-        first = np.array([[address_of(self._head), len(head)]], np.uint64)
-        self._pieces = np.concatenate([first, extents.pieces])
-        self._cursor = (ctypes.c_uint64 * 2)()
+        self._head = head
+        self._extents = extents
+        self._progress = (ctypes.c_uint64 * 4)(0, len(head))
+        """Bytes of the head that are sent, and all of them; then which piece comes next, and where in it."""
         self.bytes_left = len(head) + extents.num_bytes
 
     def send(self, fd: int) -> int:
@@ -28,7 +26,7 @@ class Departure:
         Raises:
             OSError: BlockingIOError if the socket is full and took nothing; or the connection broke.
         """
-        count = int(self._native.send(fd, address_of(self._pieces), self._cursor, self.bytes_left))
+        count = int(self._native.send(fd, self._head, self._extents.address, self._progress, self.bytes_left))
         if count < 0:
             raise OSError(-count, os.strerror(-count))
         self.bytes_left -= count
@@ -36,6 +34,6 @@ class Departure:
 
     def rest(self) -> bytes:
         """A private copy of what is not sent."""
-        piece, offset = self._cursor
-        rest = b"".join(ctypes.string_at(int(start), int(length)) for start, length in self._pieces[piece:])
-        return rest[offset:]
+        head_sent, _, piece, offset = self._progress
+        rest = b"".join(ctypes.string_at(int(start), int(length)) for start, length in self._extents.pieces[piece:])
+        return self._head[head_sent:] + rest[offset:]

@@ -84,17 +84,19 @@ class FrameDigest:
     def landed(self, num_bytes: int) -> None:
         """The next `num_bytes` are in place: make the digests of the leaves that are complete."""
         if self.native is not None:
-            self.native.landed(address_of(self._extents.pieces), self.progress, num_bytes, self.leaves)
+            self.native.landed(self._extents.address, self.progress, num_bytes, self.leaves)
             return
         self._bytes_left -= num_bytes
         if not self._bytes_left:
             self._make_by_package()
 
-    def fetch(self, source: Extents) -> None:
-        """Copy all bytes from another pool and make the digests of what then lies here. Only where `native`."""
+    def fetch(self, source: Extents, *, streams: bool) -> None:
+        """Copy all bytes from another pool, past the caches if `streams`, and make the digests of what then lies here.
+
+        Only where `native`.
+        """
         assert self.native is not None
-        to, fro = address_of(self._extents.pieces), address_of(source.pieces)
-        self.native.copy(to, fro, self._extents.num_bytes, self.leaves)
+        self.native.copy(self._extents.address, source.address, self._extents.num_bytes, self.leaves, streams)
 
     def make(self) -> None:
         """All bytes are in place."""
@@ -105,8 +107,8 @@ class FrameDigest:
         if self.native is None:
             digests = [self._table.data[at : at + num_leaves * DIGEST_BYTES] for at, num_leaves in self._places()]
             return xxhash.xxh3_128_digest(b"".join(digests))
-        pieces, out = self._extents.pieces, ctypes.create_string_buffer(_MAX_SHORT_BYTES)
-        size = self.native.digest(address_of(pieces), len(pieces), self.leaves, out)
+        extents, out = self._extents, ctypes.create_string_buffer(_MAX_SHORT_BYTES)
+        size = self.native.digest(extents.address, len(extents.pieces), self.leaves, out)
         return xxhash.xxh3_128_digest(out.raw[:size]) if size else out.raw[:DIGEST_BYTES]
 
     def _make_by_package(self) -> None:

@@ -16,6 +16,8 @@ from kvtransfer.messages import MAX_NAMED_BLOCKS, NO_DIGEST, Data
 from kvtransfer.plan import CopyPlan, Part, TableRuns
 
 _MAX_CACHED_SOURCES: Final = 16
+_STREAMED_BYTES: Final = 16 * 1024 * 1024
+"""A larger transfer goes past the receiver's caches: they would not hold it until it is read."""
 _WINDOW_PARTS: Final = 4
 """A receiver returns credit when a quarter of the window is consumed; a sender's frame takes at most half of it."""
 
@@ -37,6 +39,8 @@ class Landing(NamedTuple):
     source_parts: list[Part] | None
     """Where the receiver fetches the bytes in the sender's pool. None: they come on the stream."""
     num_bytes: int
+    is_streamed: bool
+    """Written past the caches."""
 
 
 class Misfit(Exception):
@@ -229,7 +233,8 @@ class ReceiveLane:
         for layer in layers:
             self._begun[layer] |= mask
         self._bytes_begun += num_bytes
-        return Landing(runs.parts(layers, first, end), source_parts, num_bytes)
+        is_streamed = self._bytes_expected > _STREAMED_BYTES
+        return Landing(runs.parts(layers, first, end), source_parts, num_bytes, is_streamed)
 
     def landed(self, frame: Data, num_bytes: int) -> int | None:
         """The bytes are in place and verified. Answers the total to credit, when it is time."""

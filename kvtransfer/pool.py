@@ -21,6 +21,8 @@ Addresses: TypeAlias = npt.NDArray[np.uint64]
 """Of the first byte of each layer."""
 Pieces: TypeAlias = npt.NDArray[np.uint64]
 """[num_pieces, 2]: (address, length in bytes), in order."""
+_MAX_SPREADS: Final = 16
+_MAX_SPREAD_PIECES: Final = 65536
 
 
 class Pool:
@@ -38,6 +40,8 @@ class Pool:
             self._layers.append(flat[start:end])
             start = end
         self._bases = _bases(self._layers)
+        self._spreads: dict[int, tuple[Runs, Pieces]] = {}
+        """Runs in all layers, by their identity: the frames of a transfer ask for them layer after layer."""
 
     @classmethod
     def flat(cls, buffer: memoryview) -> Pool:
@@ -45,6 +49,7 @@ class Pool:
         pool = cls.__new__(cls)
         pool._layers = [buffer]
         pool._bases = _bases(pool._layers)
+        pool._spreads = {}
         return pool
 
     def views(self, layer: int, runs: Runs) -> list[memoryview]:
@@ -53,8 +58,16 @@ class Pool:
         return [view[start : start + length] for start, length in runs.tolist()]
 
     def pieces(self, parts: Sequence[Part]) -> Pieces:
-        """Where the bytes of `parts` lie; valid until `release`."""
-        return _pieces(self._bases, parts)
+        """Where the bytes of `parts` lie; valid until `release`. Shared: never changed."""
+        first, runs = parts[0]
+        if len(runs) * len(self._bases) > _MAX_SPREAD_PIECES or not _is_alike(parts):
+            return _pieces(self._bases, parts)
+        found = self._spreads.get(id(runs))
+        if found is None:
+            if len(self._spreads) >= _MAX_SPREADS:
+                self._spreads.clear()
+            found = self._spreads[id(runs)] = runs, _spread(self._bases, runs)
+        return found[1][first * len(runs) : (first + len(parts)) * len(runs)]
 
     def address(self, layer: int) -> int:
         """Of a layer's first byte; valid until `release`."""
@@ -74,6 +87,7 @@ class Pool:
             with contextlib.suppress(BufferError):  # a traceback still holds an array over it
                 view.release()
         self._layers, self._bases = [], self._bases[:0]
+        self._spreads.clear()
 
 
 class DevicePool:
@@ -107,6 +121,7 @@ class Extents:
         self._pool = pool
         self._parts = parts
         self._pieces: Pieces | None = None
+        self._address = 0
 
     @property
     def parts(self) -> Sequence[Part]:
@@ -120,10 +135,16 @@ class Extents:
 
     @property
     def pieces(self) -> Pieces:
-        """Where the bytes lie, for native code."""
+        """Where the bytes lie."""
         if self._pieces is None:
             self._pieces = self._pool.pieces(self._parts)
+            self._address = address_of(self._pieces)
         return self._pieces
+
+    @property
+    def address(self) -> int:
+        """Of the list of `pieces`, for native code; valid as long as this object."""
+        return self._address or address_of(self.pieces)
 
     def copies_from(self, source: Extents) -> Iterator[tuple[Bytes, Bytes]]:
         """Pairs of equally long (to, from) pieces of at most HASH_BYTES, in order."""
@@ -137,19 +158,30 @@ def copy(to: Extents, source: Extents) -> None:
     """Copy the bytes of a frame from another pool. Large copies do not hold the GIL."""
     native = library()
     if native is not None:
-        native.copy(address_of(to.pieces), address_of(source.pieces), to.num_bytes, None)
+        native.copy(to.address, source.address, to.num_bytes, None, False)
         return
     for mine, theirs in to.copies_from(source):
         mine[:] = theirs
 
 
-def _pieces(bases: Addresses, parts: Sequence[Part]) -> Pieces:
+def _is_alike(parts: Sequence[Part]) -> bool:
+    """Neighbouring layers with the same runs?"""
     first, runs = parts[0]
-    if all(part[1] is runs and part[0] == layer for layer, part in enumerate(parts, first)):
-        pieces = np.empty((len(parts), len(runs), 2), np.uint64)
-        np.add(bases[first : first + len(parts), None], runs[:, 0], out=pieces[:, :, 0])
-        pieces[:, :, 1] = runs[:, 1]
-        return pieces.reshape(-1, 2)
+    return all(part[1] is runs and part[0] == layer for layer, part in enumerate(parts, first))
+
+
+def _spread(bases: Addresses, runs: Runs) -> Pieces:
+    """The same runs in every layer."""
+    pieces = np.empty((len(bases), len(runs), 2), np.uint64)
+    np.add(bases[:, None], runs[:, 0], out=pieces[:, :, 0])
+    pieces[:, :, 1] = runs[:, 1]
+    return pieces.reshape(-1, 2)
+
+
+def _pieces(bases: Addresses, parts: Sequence[Part]) -> Pieces:
+    if _is_alike(parts):
+        first, runs = parts[0]
+        return _spread(bases[first : first + len(parts)], runs)
     return np.concatenate([runs + np.array((bases[layer], 0), np.uint64) for layer, runs in parts])
 
 

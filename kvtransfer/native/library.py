@@ -7,7 +7,7 @@ import functools
 import logging
 import os
 import sys
-from ctypes import c_int32, c_int64, c_uint64, c_void_p
+from ctypes import c_char_p, c_int32, c_int64, c_uint64, c_void_p
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,7 +16,7 @@ from baton.native_build import NativeUnavailable
 
 log = logging.getLogger("kvtransfer")
 
-_ABI: Final = 5
+_ABI: Final = 6
 _SOURCE: Final = Path(__file__).parent / "src" / "pieces.cpp"
 _FLAGS: Final = (*native_build.FLAGS, "-O3")
 _SIGNATURES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
@@ -24,9 +24,9 @@ _SIGNATURES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "baton_digest_width": (None, (c_int32,)),
     "baton_landed": (None, (c_void_p, c_void_p, c_uint64, c_void_p)),
     "baton_digest": (c_uint64, (c_void_p, c_uint64, c_void_p, c_void_p)),
-    "baton_copy": (None, (c_void_p, c_void_p, c_uint64, c_void_p)),
-    "baton_send": (c_int64, (c_int32, c_void_p, c_void_p, c_uint64)),
-    "baton_receive": (c_int64, (c_int32, c_void_p, c_void_p, c_uint64, c_void_p)),
+    "baton_copy": (None, (c_void_p, c_void_p, c_uint64, c_void_p, c_int32)),
+    "baton_send": (c_int64, (c_int32, c_char_p, c_void_p, c_void_p, c_uint64)),
+    "baton_receive": (c_int64, (c_int32, c_void_p, c_void_p, c_uint64, c_void_p, c_int32)),
 }
 
 

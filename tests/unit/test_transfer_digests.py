@@ -229,12 +229,13 @@ def test_native_xxh3_is_the_packages_whatever_the_width_of_its_registers(width: 
 
 
 @native_only
+@pytest.mark.parametrize("streams", [False, True])
 @pytest.mark.parametrize("width", [0, 1, 2])
 @pytest.mark.parametrize(
     ("leaf_bytes", "num_bytes"), [(256, 256), (300, 3000), (2048, 24_576), (2048, 5000), (9000, 20_000)]
 )
 def test_a_copy_digests_what_it_writes_whatever_the_cuts_of_its_source(
-    width: int, leaf_bytes: int, num_bytes: int
+    width: int, leaf_bytes: int, num_bytes: int, streams: bool
 ) -> None:
     native = library()
     assert native is not None
@@ -243,13 +244,17 @@ def test_a_copy_digests_what_it_writes_whatever_the_cuts_of_its_source(
     native.digest_width(width)
     try:
         for cuts in ((), (leaf_bytes,), (1, 100, num_bytes - 3), range(77, num_bytes, 777)):
-            to, out = np.zeros(num_bytes, np.uint8), np.zeros(num_leaves * DIGEST_BYTES, np.uint8)
+            room, out = np.zeros(num_bytes + 128, np.uint8), np.zeros(num_leaves * DIGEST_BYTES, np.uint8)
+            start = -address_of(room) % 64 + (len(cuts) == 1)  # a line's beginning: only there may it stream
+            to = room[start : start + num_bytes]
             edges = sorted({0, num_bytes, *(cut for cut in cuts if cut < num_bytes)})
             fro = np.array([[address_of(data) + a, b - a] for a, b in itertools.pairwise(edges)], np.uint64)
             whole = np.array([[address_of(to), num_bytes]], np.uint64)
             leaves = (ctypes.c_uint64 * 3)(address_of(to), address_of(out), leaf_bytes)
-            native.copy(address_of(whole), address_of(fro), num_bytes, leaves)
+            native.copy(address_of(whole), address_of(fro), num_bytes, leaves, streams)
             assert (to == data).all()
+            assert not room[:start].any()
+            assert not room[start + num_bytes :].any()
             padded = data.tobytes().ljust(num_leaves * leaf_bytes, b"\0")
             expected = [xxh3(padded[at : at + leaf_bytes]) for at in range(0, len(padded), leaf_bytes)]
             assert out.tobytes() == b"".join(expected), list(cuts)
@@ -410,18 +415,20 @@ def fill(views: Sequence[memoryview], at: int, data: bytes) -> None:
 
 
 @relaxed(100)
-@given(transfers(), st.booleans())
-def test_bytes_that_are_fetched_have_their_digests(case: tuple[list[Frame], list[np.ndarray]], is_plain: bool) -> None:
+@given(transfers(), st.booleans(), st.booleans())
+def test_bytes_that_are_fetched_have_their_digests(
+    case: tuple[list[Frame], list[np.ndarray]], is_plain: bool, is_streamed: bool
+) -> None:
     frames, kv = case
     with packages_only(is_plain):
         for frame in frames:
             clear(frame.receiver)
-            arrived, fro = arrive(frame, kv), frame.extents(frame.sender)
+            arrived, fro = arrive(frame, kv, is_streamed=is_streamed), frame.extents(frame.sender)
             arrived.fetch(frame.sender.digests.pool, fro.parts)
             assert arrived.is_verified
             assert b"".join(bytes(view) for view in arrived.views()) == frame.payload()
             frame.sender.rows(frame.layers.start)[:] ^= 1
-            wrong = arrive(frame, kv)
+            wrong = arrive(frame, kv, is_streamed=is_streamed)
             wrong.fetch(frame.sender.digests.pool, fro.parts)
             assert not wrong.is_verified
             frame.sender.rows(frame.layers.start)[:] ^= 1
@@ -432,11 +439,11 @@ def clear(side: Side) -> None:
     side.digests.table[:] = 0
 
 
-def arrive(frame: Frame, kv: Sequence[np.ndarray]) -> Arrival:
+def arrive(frame: Frame, kv: Sequence[np.ndarray], *, is_streamed: bool = False) -> Arrival:
     """The frame as its sender sealed it, on its way into the receiver's pool."""
     data = frame.data(seal(CONTEXT, frame.data(), frame.expected(kv)))
     extents = frame.extents(frame.receiver)
-    landing = Landing(list(extents.parts), None, extents.num_bytes)
+    landing = Landing(list(extents.parts), None, extents.num_bytes, is_streamed)
     return Arrival(data, landing, frame.receiver.digests, CONTEXT, None)
 
 
@@ -456,7 +463,7 @@ def test_bytes_that_come_on_a_socket_in_tiny_bites_are_verified(
     if is_broken:
         payload[data.draw(st.integers(0, len(payload) - 1))] ^= 0x10
     clear(frame.receiver)
-    arrived = arrive(frame, kv)
+    arrived = arrive(frame, kv, is_streamed=data.draw(st.booleans()))
     assert arrived.is_native
     bites = itertools.cycle(data.draw(st.lists(st.integers(1, 3000), min_size=3, max_size=20)))
     ours, theirs = socket.socketpair()

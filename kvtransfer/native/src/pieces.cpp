@@ -18,10 +18,13 @@ using xxh3::DIGEST;
 constexpr size_t TILE = 4096;  // how far ahead of a digest its next bytes are fetched
 constexpr uint64_t SOON_PIECES = 16;  // so far ahead of a gather its digests are fetched
 constexpr size_t PART_BYTES = 512 * 1024;  // received, and hashed, while it is in the core's own cache
+constexpr size_t BOUNCE_BYTES = 256 * 1024;  // the same, of what is streamed
 constexpr size_t SENT_BYTES = 1024 * 1024;  // in one call: BBR makes bad estimates of what comes in larger bursts
 constexpr int MAX_IOV = 512;
 
-xxh3::Digest digest = xxh3::digest_of<false>(2), copy_digest = xxh3::digest_of<true>(2);
+xxh3::Digest digest = xxh3::digest_of<xxh3::Store::NONE>(2);
+xxh3::Digest copy_digest = xxh3::digest_of<xxh3::Store::CACHED>(2);
+xxh3::Digest stream_digest = xxh3::digest_of<xxh3::Store::STREAMED>(2);  // null: not to be had
 
 // Where a walk over a list of pieces stands.
 struct Cursor {
@@ -48,6 +51,13 @@ struct Progress {
     Cursor hashed;
 };
 
+// What has gone of a frame: of its head, and of the pieces after it.
+struct Departure {
+    uint64_t head_sent;
+    uint64_t head_bytes;
+    Cursor sent;
+};
+
 size_t least(size_t a, size_t b) { return a < b ? a : b; }
 
 uint8_t* at(const iovec* pieces, const Cursor& cursor) {
@@ -65,17 +75,17 @@ void advance(const iovec* pieces, Cursor& cursor, size_t num_bytes) {
     }
 }
 
-// The pieces from the cursor on, `limit` bytes at most, as the kernel takes them; how many.
-int gather(const iovec* pieces, const Cursor& cursor, size_t limit, iovec* out) {
+// The pieces from the cursor on, `limit` bytes at most, as the kernel takes them, up to `end`; where they end.
+iovec* gather(const iovec* pieces, const Cursor& cursor, size_t limit, iovec* out, const iovec* end) {
     Cursor walk = cursor;
-    int count = 0;
-    while (limit && count < MAX_IOV) {
+    while (limit && out < end) {
         const size_t here = least(left(pieces, walk), limit);
-        out[count++] = {at(pieces, walk), here};
+        xxh3::fetch(at(pieces, walk));  // and its page's address: the kernel waits for each of them, one by one
+        *out++ = {at(pieces, walk), here};
         advance(pieces, walk, here);
         limit -= here;
     }
-    return count;
+    return out;
 }
 
 // Copies the next `num_bytes` of the pieces.
@@ -101,12 +111,21 @@ void hash(const uint8_t* data, size_t num_bytes, const uint8_t* next, const Leav
     }
 }
 
-// Whole leaves copied and hashed in one pass. `next`: what will be read afterwards.
-void copy_leaves(uint8_t* to, const uint8_t* from, size_t num_bytes, const uint8_t* next, const Leaves& leaves) {
+// Whole leaves copied, past the caches if `streams`, and hashed in one pass. `next`: what will be read afterwards.
+void copy_leaves(uint8_t* to, const uint8_t* from, size_t num_bytes, const uint8_t* next, const Leaves& leaves, bool streams) {
     const size_t leaf = leaves.leaf_bytes, body = num_bytes > TILE ? (num_bytes - TILE) / leaf * leaf : 0;
     uint8_t* const out = leaves.digest_of(to);
-    copy_digest(from, leaf, body / leaf, from + TILE, out, to);
-    copy_digest(from + body, leaf, (num_bytes - body) / leaf, next, out + body / leaf * DIGEST, to + body);
+    const bool can_stream = stream_digest && !((reinterpret_cast<uint64_t>(to) | leaf) % xxh3::STRIPE);
+    const xxh3::Digest copy = streams && can_stream ? stream_digest : copy_digest;
+    copy(from, leaf, body / leaf, from + TILE, out, to);
+    copy(from + body, leaf, (num_bytes - body) / leaf, next, out + body / leaf * DIGEST, to + body);
+}
+
+// What was streamed is there for other threads.
+void publish() {
+#if defined(__x86_64__)
+    _mm_sfence();
+#endif
 }
 
 // `num_bytes` more have landed: hashes the leaves that are complete.
@@ -128,14 +147,60 @@ void land(const iovec* pieces, Progress& progress, size_t num_bytes, const Leave
     }
 }
 
+// The next `num_bytes` of the pieces lie at `from`: streams them into their place and makes the digests of the leaves
+// that are complete.
+void take(const uint8_t* from, const iovec* pieces, Progress& progress, size_t num_bytes, const Leaves& leaves) {
+    while (num_bytes) {
+        const Cursor& landed = progress.landed;
+        uint8_t* const to = at(pieces, landed);
+        const size_t leaf = leaves.leaf_bytes, begun = landed.offset % leaf;
+        size_t part = least(left(pieces, landed), num_bytes);
+        if (begun || part < leaf) {  // what there is of a leaf whose rest is to come, or that is the short one
+            part = least(part, leaf - begun);
+            std::memcpy(to, from, part);
+            land(pieces, progress, part, leaves);
+        } else {
+            part = part / leaf * leaf;
+            copy_leaves(to, from, part, from, leaves, true);
+            advance(pieces, progress.landed, part);
+            progress.hashed = progress.landed;
+        }
+        from += part;
+        num_bytes -= part;
+    }
+}
+
+// Receives some of the next `num_bytes` of the pieces into their place, as recvmsg, and makes digests if there are leaves.
+ssize_t receive_some(int32_t fd, const iovec* pieces, Progress& progress, size_t num_bytes, const Leaves* leaves) {
+    iovec batch[MAX_IOV];
+    msghdr message{};
+    message.msg_iov = batch;
+    iovec* const end = gather(pieces, progress.landed, least(num_bytes, PART_BYTES), batch, batch + MAX_IOV);
+    message.msg_iovlen = static_cast<size_t>(end - batch);
+    const ssize_t came = recvmsg(fd, &message, MSG_DONTWAIT);
+    if (came <= 0) return came;
+    leaves ? land(pieces, progress, static_cast<size_t>(came), *leaves) : advance(pieces, progress.landed, static_cast<size_t>(came));
+    return came;
+}
+
+// The same by way of a small buffer. The kernel does not stream: its stores to memory that is in no cache take longer
+// than its copy to the buffer and the streamed one from there together.
+ssize_t stream_some(int32_t fd, const iovec* pieces, Progress& progress, size_t num_bytes, const Leaves& leaves) {
+    thread_local std::vector<uint8_t> bounce(BOUNCE_BYTES);
+    const ssize_t came = recv(fd, bounce.data(), least(num_bytes, BOUNCE_BYTES), MSG_DONTWAIT);
+    if (came > 0) take(bounce.data(), pieces, progress, static_cast<size_t>(came), leaves);
+    return came;
+}
+
 }  // namespace
 
-API int32_t baton_pieces_abi() { return 5; }
+API int32_t baton_pieces_abi() { return 6; }
 
 // For tests: 0 portable, 1 AVX2, 2 AVX-512, each only where the CPU has it.
 API void baton_digest_width(int32_t width) {
-    digest = xxh3::digest_of<false>(width);
-    copy_digest = xxh3::digest_of<true>(width);
+    digest = xxh3::digest_of<xxh3::Store::NONE>(width);
+    copy_digest = xxh3::digest_of<xxh3::Store::CACHED>(width);
+    stream_digest = xxh3::digest_of<xxh3::Store::STREAMED>(width);
 }
 
 // The next `num_bytes` of the pieces are in place: makes the digests of the leaves that are complete with them.
@@ -166,8 +231,9 @@ API uint64_t baton_digest(const iovec* pieces, uint64_t count, const Leaves* lea
     return digests.size();
 }
 
-// Copies `num_bytes` from one list of pieces to another. `leaves`, if any: makes the digests of what then lies in `to`.
-API void baton_copy(const iovec* to, const iovec* from, uint64_t num_bytes, const Leaves* leaves) {
+// Copies `num_bytes` from one list of pieces to another. `leaves`, if any: makes the digests of what then lies in `to`, and
+// if `streams` goes past the caches.
+API void baton_copy(const iovec* to, const iovec* from, uint64_t num_bytes, const Leaves* leaves, int32_t streams) {
     Cursor to_at{0, 0}, from_at{0, 0};
     while (num_bytes) {
         uint8_t* const data = at(to, to_at);
@@ -178,7 +244,7 @@ API void baton_copy(const iovec* to, const iovec* from, uint64_t num_bytes, cons
             advance(from, from_at, part);
             num_bytes -= part;
             if (leaves) {
-                copy_leaves(data, source, part, num_bytes ? at(from, from_at) : source, *leaves);
+                copy_leaves(data, source, part, num_bytes ? at(from, from_at) : source, *leaves, streams);
             } else {
                 std::memcpy(data, source, part);
             }
@@ -190,44 +256,52 @@ API void baton_copy(const iovec* to, const iovec* from, uint64_t num_bytes, cons
         }
         advance(to, to_at, part);
     }
+    publish();
 }
 
-// Sends the next `num_bytes` of the pieces on a non-blocking socket until it is full; how many were sent, or -errno if
-// none.
-API int64_t baton_send(int32_t fd, const iovec* pieces, Cursor* cursor, uint64_t num_bytes) {
+// Sends the rest of a frame, `num_bytes`, on a non-blocking socket until it is full; how many were sent, or -errno if none.
+API int64_t baton_send(int32_t fd, const char* head, const iovec* pieces, Departure* departure, uint64_t num_bytes) {
     uint64_t done = 0;
     iovec batch[MAX_IOV];
     while (done < num_bytes) {
+        const size_t head_left = departure->head_bytes - departure->head_sent;
+        iovec* end = batch;
+        if (head_left) *end++ = {const_cast<char*>(head) + departure->head_sent, head_left};
+        const size_t limit = least(num_bytes - done - head_left, SENT_BYTES);
+        end = gather(pieces, departure->sent, limit, end, batch + MAX_IOV);
         msghdr message{};
         message.msg_iov = batch;
-        message.msg_iovlen = static_cast<size_t>(gather(pieces, *cursor, least(num_bytes - done, SENT_BYTES), batch));
-        const ssize_t sent = sendmsg(fd, &message, MSG_NOSIGNAL | MSG_DONTWAIT);
-        if (sent < 0) {
+        message.msg_iovlen = static_cast<size_t>(end - batch);
+        const ssize_t count = sendmsg(fd, &message, MSG_NOSIGNAL | MSG_DONTWAIT);
+        if (count < 0) {
             if (errno == EINTR) continue;
             return done ? static_cast<int64_t>(done) : -errno;
         }
-        advance(pieces, *cursor, static_cast<size_t>(sent));
-        done += static_cast<uint64_t>(sent);
+        const size_t sent = static_cast<size_t>(count), of_head = least(sent, head_left);
+        departure->head_sent += of_head;
+        advance(pieces, departure->sent, sent - of_head);
+        done += sent;
     }
     return static_cast<int64_t>(done);
 }
 
 // Reads the next `num_bytes` of the pieces from a non-blocking socket until it is empty. `leaves`, if any: makes the
-// digests of those that are complete. How many bytes came (0: the peer closed), or -errno if none.
-API int64_t baton_receive(int32_t fd, const iovec* pieces, Progress* progress, uint64_t num_bytes, const Leaves* leaves) {
+// digests of those that are complete, and if `streams` goes past the caches. How many bytes came (0: the peer closed), or
+// -errno if none.
+API int64_t baton_receive(int32_t fd, const iovec* pieces, Progress* progress, uint64_t num_bytes, const Leaves* leaves,
+                          int32_t streams) {
+    const bool can_stream = leaves && streams && stream_digest;
     uint64_t done = 0;
-    iovec batch[MAX_IOV];
+    int64_t end = 0;
     while (done < num_bytes) {
-        msghdr message{};
-        message.msg_iov = batch;
-        message.msg_iovlen =
-            static_cast<size_t>(gather(pieces, progress->landed, least(num_bytes - done, PART_BYTES), batch));
-        const ssize_t came = recvmsg(fd, &message, MSG_DONTWAIT);
+        const size_t rest = num_bytes - done;
+        const ssize_t came = can_stream ? stream_some(fd, pieces, *progress, rest, *leaves)
+                                        : receive_some(fd, pieces, *progress, rest, leaves);
         if (came < 0 && errno == EINTR) continue;
-        if (came <= 0) return done ? static_cast<int64_t>(done) : came < 0 ? -errno : 0;
-        const size_t num_came = static_cast<size_t>(came);
-        leaves ? land(pieces, *progress, num_came, *leaves) : advance(pieces, progress->landed, num_came);
+        end = came < 0 ? -errno : 0;
+        if (came <= 0) break;
         done += static_cast<uint64_t>(came);
     }
-    return static_cast<int64_t>(done);
+    publish();
+    return done ? static_cast<int64_t>(done) : end;
 }

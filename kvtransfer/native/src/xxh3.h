@@ -53,9 +53,13 @@ constexpr size_t BLOCK = STRIPES_PER_BLOCK * STRIPE;
 
 // The canonical, big-endian digests of `count` inputs of `num_bytes`, more than MAX_SHORT, that lie one after the other:
 // one after the other to `out`. As many bytes from `ahead` on, wherever that is, are fetched into the cache meanwhile:
-// the CPU's own prefetching ends with a page. `to`: what was read, and hashed, is written there; for a COPY only.
+// the CPU's own prefetching ends with a page. `to`: what was read, and hashed, is written there, unless Store is NONE.
 using Digest = void (*)(const uint8_t* data, size_t num_bytes, size_t count, const uint8_t* ahead, uint8_t* out,
                         uint8_t* to);
+
+// Where a copy goes. STREAMED: past the caches, which spares the wait for lines that are in none; `to` and `num_bytes` are
+// multiples of STRIPE, and other threads see it after a fence.
+enum class Store { NONE, CACHED, STREAMED };
 
 #define XXH3_INLINE inline __attribute__((always_inline))
 
@@ -119,22 +123,23 @@ __attribute__((target("avx512f,bmi2"))) XXH3_INLINE __m512i scrambled(__m512i ac
     return _mm512_add_epi64(_mm512_mul_epu32(acc, prime), high);
 }
 
-// One stripe, read once: hashed and, if COPY, written.
-template <bool COPY>
+// One stripe, read once: hashed and perhaps written.
+template <Store STORE>
 __attribute__((target("avx512f,bmi2"))) XXH3_INLINE __m512i taken_avx512(__m512i acc, const uint8_t* data,
                                                                          const uint8_t* secret, uint8_t* to) {
     const __m512i lanes = _mm512_loadu_si512(data);
-    if (COPY) {
+    if (STORE == Store::CACHED) {
         __builtin_prefetch(to + SOON, 1, 3);  // else each store waits for its line
         _mm512_storeu_si512(to, lanes);
     }
+    if (STORE == Store::STREAMED) _mm512_stream_si512(reinterpret_cast<__m512i*>(to), lanes);
     return stripe_avx512(acc, lanes, secret);
 }
 
-template <bool COPY>
+template <Store STORE>
 __attribute__((target("avx512f,bmi2"))) void digest_avx512(const uint8_t* data, size_t num_bytes, size_t count,
                                                            const uint8_t* ahead, uint8_t* out, uint8_t* to) {
-    for (; count; --count, data += num_bytes, ahead += num_bytes, out += DIGEST, to += COPY ? num_bytes : 0) {
+    for (; count; --count, data += num_bytes, ahead += num_bytes, out += DIGEST, to += STORE == Store::NONE ? 0 : num_bytes) {
         __m512i acc = _mm512_loadu_si512(START);
         size_t n = 0;
         const size_t stripes = (num_bytes - 1) / STRIPE;
@@ -142,17 +147,17 @@ __attribute__((target("avx512f,bmi2"))) void digest_avx512(const uint8_t* data, 
 #pragma GCC unroll 16
             for (size_t k = 0; k < STRIPES_PER_BLOCK; ++k) {
                 fetch(ahead + (n + k) * STRIPE);
-                acc = taken_avx512<COPY>(acc, data + (n + k) * STRIPE, SECRET + 8 * k, to + (n + k) * STRIPE);
+                acc = taken_avx512<STORE>(acc, data + (n + k) * STRIPE, SECRET + 8 * k, to + (n + k) * STRIPE);
             }
             acc = scrambled(acc);
         }
         for (size_t k = 0; n < stripes; ++n, ++k) {
             fetch(ahead + n * STRIPE);
-            acc = taken_avx512<COPY>(acc, data + n * STRIPE, SECRET + 8 * k, to + n * STRIPE);
+            acc = taken_avx512<STORE>(acc, data + n * STRIPE, SECRET + 8 * k, to + n * STRIPE);
         }
         alignas(64) uint64_t words[8];
         const size_t last = num_bytes - STRIPE;
-        _mm512_store_si512(words, taken_avx512<COPY>(acc, data + last, SECRET + LAST_STRIPE_AT, to + last));
+        _mm512_store_si512(words, taken_avx512<STORE>(acc, data + last, SECRET + LAST_STRIPE_AT, to + last));
         finish(words, num_bytes, out);
     }
 }
@@ -196,7 +201,7 @@ __attribute__((target("avx2,bmi2"))) inline void digest_avx2(const uint8_t* data
 }
 #endif
 
-// A COPY for a width that reads twice: copied, then hashed where it lies, for the source may change meanwhile.
+// A copy for a width that reads twice: copied, then hashed where it lies, for the source may change meanwhile.
 template <Digest PLAIN>
 void copied(const uint8_t* data, size_t num_bytes, size_t count, const uint8_t* ahead, uint8_t* out, uint8_t* to) {
     for (; count; --count, data += num_bytes, ahead += num_bytes, out += DIGEST, to += num_bytes) {
@@ -205,16 +210,18 @@ void copied(const uint8_t* data, size_t num_bytes, size_t count, const uint8_t* 
     }
 }
 
-// The widest that this CPU runs, or a narrower one: 0 portable, 1 AVX2, 2 AVX-512.
-template <bool COPY>
+// The widest that this CPU runs, or a narrower one: 0 portable, 1 AVX2, 2 AVX-512. Null: none of those can stream.
+template <Store STORE>
 Digest digest_of(int width) {
 #if defined(__x86_64__)
     const bool has_bmi2 = __builtin_cpu_supports("bmi2");
-    if (width >= 2 && has_bmi2 && __builtin_cpu_supports("avx512f")) return digest_avx512<COPY>;
-    if (width >= 1 && has_bmi2 && __builtin_cpu_supports("avx2")) return COPY ? copied<digest_avx2> : digest_avx2;
+    if (width >= 2 && has_bmi2 && __builtin_cpu_supports("avx512f")) return digest_avx512<STORE>;
+    if (STORE == Store::STREAMED) return nullptr;
+    if (width >= 1 && has_bmi2 && __builtin_cpu_supports("avx2")) return STORE == Store::NONE ? digest_avx2 : copied<digest_avx2>;
 #endif
     (void)width;
-    return COPY ? copied<digest_portable> : digest_portable;
+    if (STORE == Store::STREAMED) return nullptr;
+    return STORE == Store::NONE ? digest_portable : copied<digest_portable>;
 }
 
 }  // namespace xxh3

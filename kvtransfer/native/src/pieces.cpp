@@ -15,6 +15,7 @@ namespace {
 
 using xxh3::DIGEST;
 
+constexpr size_t LINE = 64;
 constexpr size_t TILE = 4096;  // how far ahead of a digest its next bytes are fetched
 constexpr uint64_t SOON_PIECES = 16;  // so far ahead of a gather its digests are fetched
 constexpr size_t PART_BYTES = 512 * 1024;  // received, and hashed, while it is in the core's own cache
@@ -111,21 +112,51 @@ void hash(const uint8_t* data, size_t num_bytes, const uint8_t* next, const Leav
     }
 }
 
+// May these leaves be streamed and hashed in one pass?
+bool can_stream_digest(const void* to, const Leaves& leaves) {
+    return stream_digest && !((reinterpret_cast<uint64_t>(to) | leaves.leaf_bytes) % xxh3::STRIPE);
+}
+
 // Whole leaves copied, past the caches if `streams`, and hashed in one pass. `next`: what will be read afterwards.
 void copy_leaves(uint8_t* to, const uint8_t* from, size_t num_bytes, const uint8_t* next, const Leaves& leaves, bool streams) {
     const size_t leaf = leaves.leaf_bytes, body = num_bytes > TILE ? (num_bytes - TILE) / leaf * leaf : 0;
     uint8_t* const out = leaves.digest_of(to);
-    const bool can_stream = stream_digest && !((reinterpret_cast<uint64_t>(to) | leaf) % xxh3::STRIPE);
-    const xxh3::Digest copy = streams && can_stream ? stream_digest : copy_digest;
+    const xxh3::Digest copy = streams && can_stream_digest(to, leaves) ? stream_digest : copy_digest;
     copy(from, leaf, body / leaf, from + TILE, out, to);
     copy(from + body, leaf, (num_bytes - body) / leaf, next, out + body / leaf * DIGEST, to + body);
 }
 
-// What was streamed is there for other threads.
-void publish() {
 #if defined(__x86_64__)
-    _mm_sfence();
+constexpr bool CAN_STREAM = true;
+
+// Copies past the caches. `publish` follows.
+void stream(uint8_t* to, const uint8_t* from, size_t num_bytes) {
+    const size_t head = least(num_bytes, -reinterpret_cast<uint64_t>(to) % LINE), body = (num_bytes - head) / LINE * LINE;
+    std::memcpy(to, from, head);
+    for (size_t i = head; i < head + body; i += sizeof(__m128i)) {
+        _mm_stream_si128(reinterpret_cast<__m128i*>(to + i), _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
+    }
+    std::memcpy(to + head + body, from + head + body, num_bytes - head - body);
+}
+
+// What was streamed is there for other threads.
+void publish() { _mm_sfence(); }
+#else
+constexpr bool CAN_STREAM = false;
+
+void stream(uint8_t* to, const uint8_t* from, size_t num_bytes) { std::memcpy(to, from, num_bytes); }
+
+void publish() {}
 #endif
+
+// Whole leaves of a source that does not change, streamed and hashed.
+void stream_leaves(uint8_t* to, const uint8_t* from, size_t num_bytes, const Leaves& leaves) {
+    if (can_stream_digest(to, leaves)) {
+        copy_leaves(to, from, num_bytes, from, leaves, true);
+    } else {
+        digest(from, leaves.leaf_bytes, num_bytes / leaves.leaf_bytes, from, leaves.digest_of(to), nullptr);
+        stream(to, from, num_bytes);
+    }
 }
 
 // `num_bytes` more have landed: hashes the leaves that are complete.
@@ -147,21 +178,21 @@ void land(const iovec* pieces, Progress& progress, size_t num_bytes, const Leave
     }
 }
 
-// The next `num_bytes` of the pieces lie at `from`: streams them into their place and makes the digests of the leaves
-// that are complete.
-void take(const uint8_t* from, const iovec* pieces, Progress& progress, size_t num_bytes, const Leaves& leaves) {
+// The next `num_bytes` of the pieces lie at `from`: streams them into their place and, if there are leaves, makes the
+// digests of those that are complete.
+void take(const uint8_t* from, const iovec* pieces, Progress& progress, size_t num_bytes, const Leaves* leaves) {
     while (num_bytes) {
         const Cursor& landed = progress.landed;
         uint8_t* const to = at(pieces, landed);
-        const size_t leaf = leaves.leaf_bytes, begun = landed.offset % leaf;
+        const size_t leaf = leaves ? leaves->leaf_bytes : 1, begun = landed.offset % leaf;
         size_t part = least(left(pieces, landed), num_bytes);
         if (begun || part < leaf) {  // what there is of a leaf whose rest is to come, or that is the short one
             part = least(part, leaf - begun);
             std::memcpy(to, from, part);
-            land(pieces, progress, part, leaves);
+            land(pieces, progress, part, *leaves);
         } else {
             part = part / leaf * leaf;
-            copy_leaves(to, from, part, from, leaves, true);
+            leaves ? stream_leaves(to, from, part, *leaves) : stream(to, from, part);
             advance(pieces, progress.landed, part);
             progress.hashed = progress.landed;
         }
@@ -185,7 +216,7 @@ ssize_t receive_some(int32_t fd, const iovec* pieces, Progress& progress, size_t
 
 // The same by way of a small buffer. The kernel does not stream: its stores to memory that is in no cache take longer
 // than its copy to the buffer and the streamed one from there together.
-ssize_t stream_some(int32_t fd, const iovec* pieces, Progress& progress, size_t num_bytes, const Leaves& leaves) {
+ssize_t stream_some(int32_t fd, const iovec* pieces, Progress& progress, size_t num_bytes, const Leaves* leaves) {
     thread_local std::vector<uint8_t> bounce(BOUNCE_BYTES);
     const ssize_t came = recv(fd, bounce.data(), least(num_bytes, BOUNCE_BYTES), MSG_DONTWAIT);
     if (came > 0) take(bounce.data(), pieces, progress, static_cast<size_t>(came), leaves);
@@ -285,18 +316,17 @@ API int64_t baton_send(int32_t fd, const char* head, const iovec* pieces, Depart
     return static_cast<int64_t>(done);
 }
 
-// Reads the next `num_bytes` of the pieces from a non-blocking socket until it is empty. `leaves`, if any: makes the
-// digests of those that are complete, and if `streams` goes past the caches. How many bytes came (0: the peer closed), or
+// Reads the next `num_bytes` of the pieces from a non-blocking socket until it is empty, past the caches if `streams`.
+// `leaves`, if any: makes the digests of those that are complete. How many bytes came (0: the peer closed), or
 // -errno if none.
 API int64_t baton_receive(int32_t fd, const iovec* pieces, Progress* progress, uint64_t num_bytes, const Leaves* leaves,
                           int32_t streams) {
-    const bool can_stream = leaves && streams && stream_digest;
     uint64_t done = 0;
     int64_t end = 0;
     while (done < num_bytes) {
         const size_t rest = num_bytes - done;
-        const ssize_t came = can_stream ? stream_some(fd, pieces, *progress, rest, *leaves)
-                                        : receive_some(fd, pieces, *progress, rest, leaves);
+        const ssize_t came = streams && CAN_STREAM ? stream_some(fd, pieces, *progress, rest, leaves)
+                                                   : receive_some(fd, pieces, *progress, rest, leaves);
         if (came < 0 && errno == EINTR) continue;
         end = came < 0 ? -errno : 0;
         if (came <= 0) break;

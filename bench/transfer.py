@@ -5,8 +5,9 @@
 
 The 135 M Llama shape in bf16. Two processes, each pinned to a core of its own where there are two: this one receives,
 a child sends. Each round runs every arm once, in random order (after an arm of 50 ms everything is colder than after one
-of a millisecond), on the same pools, whose pages are all touched. Before each arm both processes write WASH_BYTES of
-other memory, so that no arm finds what the one before it left in a core's own caches. Medians and the spread are printed,
+of a millisecond), on the same pools, whose pages are all touched. Before each arm both pools are flushed from all caches,
+as KV blocks are that nobody has touched for a while, and both processes write WASH_BYTES of other memory, so that no
+arm finds what the one before it left. Medians and the spread are printed,
 and ratios are medians over the rounds. A round's time runs from the sender's first call to the moment when the receiver
 has the last byte in place (and verified, where the arm verifies); the two processes share CLOCK_MONOTONIC. Baton's
 sender announces all layers in one call, as a worker does that redirects KV; with --by-layer in one call each, as prefill
@@ -26,6 +27,7 @@ of them, the bare one too, jump between two speeds.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import importlib.util
 import json
 import mmap
@@ -40,11 +42,14 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
+from baton import native_build
 from baton.kv_layout import KVGeometry, KVLayout, LayerSpec, ModelKV
 from baton.tls import make_identity
 from kvtransfer import connection
@@ -112,6 +117,7 @@ BATON_ARMS: Final = {
 if importlib.util.find_spec("nixl") is not None:
     BATON_ARMS["nixl"] = Arm("nixl")
 ARMS: Final = ("memcpy", "memcpy blocks", "tcp loop", *BATON_ARMS)
+FLUSH: Final = Path(__file__).parent / "native" / "flush.cpp"
 WASH_BYTES: Final = 16 * 2**20
 """Several times a core's own caches."""
 _SWITCH_S: Final = 0.0005
@@ -140,7 +146,7 @@ class Bench:
             endpoint.set_wakeup(self.news.set)
 
     def wash(self) -> None:
-        """Fill the caches with something else."""
+        """Fill this core's caches with something else."""
         self._other += 1
 
     def expect(self, arm: str, kinds: set[type[TransferEvent]]) -> dict[type[TransferEvent], Any]:
@@ -200,6 +206,15 @@ def send_arm(
     endpoint.finish(transfer_id, b"")
     bench.expect(arm, {Completed})
     return began
+
+
+def flusher() -> Callable[[int, int], object]:
+    """Drops memory (address, bytes) from all caches."""
+    flush = ctypes.CDLL(str(native_build.built(FLUSH, native_build.FLAGS))).bench_flush
+    flush.argtypes = (ctypes.c_void_p, ctypes.c_uint64)
+    if not flush(None, 0):
+        print("this CPU's caches can not be flushed: arms find what others left there")
+    return flush
 
 
 def settle(core: int | None) -> None:
@@ -313,6 +328,7 @@ class Receiver:
         self._mapped = mmap.mmap(fd, self.bench.layout.pool_bytes, mmap.MAP_SHARED, mmap.PROT_READ)
         self._source = np.frombuffer(self._mapped, np.uint8)
         os.close(fd)
+        self._flush = flusher()
 
     def _tell(self, **command: Any) -> None:
         assert self._child.stdin is not None
@@ -325,6 +341,8 @@ class Receiver:
 
     def run(self, arm: str, num_tokens: int, source_table: list[int], table: list[int]) -> float:
         """Seconds of one round."""
+        for pool in (self.bench.array, self._source):
+            self._flush(address_of(pool), len(pool))
         self.bench.wash()
         if arm == "memcpy":
             began = time.monotonic()

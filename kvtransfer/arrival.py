@@ -81,7 +81,9 @@ class Arrival:
         """
         assert self._native is not None
         leaves = None if self._digest is None else self._digest.leaves
-        count = int(self._native.receive(fd, self.extents.address, self._progress, num_bytes, leaves, self.landing.is_streamed))
+        count = int(
+            self._native.receive(fd, self.extents.address, self._progress, num_bytes, leaves, self.landing.is_streamed)
+        )
         if count < 0:
             raise OSError(-count, os.strerror(-count))
         return count

@@ -16,8 +16,8 @@ from kvtransfer.messages import MAX_NAMED_BLOCKS, NO_DIGEST, Data
 from kvtransfer.plan import CopyPlan, Part, TableRuns
 
 _MAX_CACHED_SOURCES: Final = 16
-_STREAMED_BYTES: Final = 16 * 1024 * 1024
-"""A larger transfer goes past the receiver's caches: they would not hold it until it is read."""
+_STREAMED_BYTES: Final = 8 * 1024 * 1024
+"""A larger transfer goes past the receiver's caches: several times what a core's own hold."""
 _WINDOW_PARTS: Final = 4
 """A receiver returns credit when a quarter of the window is consumed; a sender's frame takes at most half of it."""
 
@@ -70,6 +70,8 @@ class SendLane:
         self._ready: dict[int, None] = {}
         self.bytes_sent = 0
         self.is_accepted = False
+        self.parts: list[Part] = []
+        """Once accepted: source bytes of all that may be sent."""
         self.is_queued = False
         """In its link's round of lanes that may have a frame."""
 
@@ -87,7 +89,7 @@ class SendLane:
         self._window_bytes = window_bytes
         self._sent_tokens = [first_token] * len(self._sent_tokens)
         assert self._runs is not None
-        self._runs.prepare(first_token, self._num_tokens)
+        self.parts = self._runs.prepare(first_token, self._num_tokens)
         return True
 
     def mark_ready(self, layer: int, sendable_tokens: int) -> None:
@@ -161,6 +163,8 @@ class ReceiveLane:
     def __init__(self, plan: CopyPlan) -> None:
         self.plan: Final = plan
         self.is_accepted = False
+        self.parts: list[Part] = []
+        """Once accepted: destination bytes of all that may come."""
         self.window_bytes = 0
         self.bytes_landed = 0
         self._bytes_begun = 0
@@ -182,7 +186,7 @@ class ReceiveLane:
         self.is_accepted = True
         self.window_bytes = max(window_bytes, least_window(plan))
         self._runs = TableRuns(plan.destination_sides, plan.group_tokens, block_table)
-        self._runs.prepare(first_token, num_tokens)
+        self.parts = self._runs.prepare(first_token, num_tokens)
         self._first_token, self._num_tokens = first_token, num_tokens
         self._got = [_mask(0, first_token // UNIT_TOKENS)] * len(plan.unit_bytes)
         self._begun = [0] * len(plan.unit_bytes)

@@ -137,11 +137,12 @@ class TableRuns:
             found = self._cache[key] = self._compute(side, first_token, end_token)
         return found
 
-    def prepare(self, first_token: int, end_token: int) -> None:
-        """Compute the range that will probably be asked for, while there is time."""
+    def prepare(self, first_token: int, end_token: int) -> list[Part]:
+        """Compute the range that will probably be asked for, while there is time. All layers of it."""
         if first_token < end_token:
             layers = range(len(self._sides))
             self._prepared = first_token, end_token, self.parts(layers, first_token, end_token)
+        return self._prepared[2]
 
     def _compute(self, side: LayerSide, first_token: int, end_token: int) -> Runs:
         head_bytes = side.block_size * side.token_bytes

@@ -30,6 +30,7 @@ from typing import Final, NamedTuple, TypeAlias
 from kvtransfer.api import PeerRank, TransferEvent, TransferId
 from kvtransfer.auth import LinkKey
 from kvtransfer.messages import TransferMessage
+from kvtransfer.plan import Part
 
 
 class SendState(enum.StrEnum):
@@ -92,6 +93,13 @@ class DataReady:
 
 
 @dataclass(frozen=True, slots=True)
+class Locate:
+    """Frames will soon name these bytes of this rank's pool: find out where they lie, while there is time."""
+
+    parts: list[Part]
+
+
+@dataclass(frozen=True, slots=True)
 class Emit:
     """Tell the engine thread."""
 
@@ -113,7 +121,7 @@ class CloseLink:
     reason: str
 
 
-Action: TypeAlias = Connect | Send | DataReady | Emit | StopIO | CloseLink
+Action: TypeAlias = Connect | Send | DataReady | Locate | Emit | StopIO | CloseLink
 
 
 class Ended(NamedTuple):

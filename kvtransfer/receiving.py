@@ -38,7 +38,17 @@ from kvtransfer.messages import (
     TransferMessage,
 )
 from kvtransfer.plan import CopyPlan, source_ranks
-from kvtransfer.protocol import RECEIVE_NEXT, Action, CloseLink, Emit, EndedTransfers, ReceiveState, Send, StopIO
+from kvtransfer.protocol import (
+    RECEIVE_NEXT,
+    Action,
+    CloseLink,
+    Emit,
+    EndedTransfers,
+    Locate,
+    ReceiveState,
+    Send,
+    StopIO,
+)
 
 _NOBODY = LinkKey("", "", -1)
 """Stands for the peer of a transfer that was granted before anybody announced it."""
@@ -416,6 +426,7 @@ class ReceiveSide:
         for rank in transfer.sources:  # the others must come within a lease as well
             self._leases.watch(transfer.key(rank), transfer.transfer_id, now)
         self._send(key, Accept(transfer.transfer_id, transfer.first_token, lane.window_bytes))
+        self._actions.append(Locate(lane.parts))
 
     def _check_received(self, transfer: _Transfer, now: float) -> None:
         """Every source rank, layer and unit there?"""

@@ -42,7 +42,7 @@ from kvtransfer.messages import (
     TransferMessage,
 )
 from kvtransfer.plan import CopyPlan, destination_ranks
-from kvtransfer.protocol import SEND_NEXT, Action, CloseLink, Connect, DataReady, Emit, Send, SendState, StopIO
+from kvtransfer.protocol import SEND_NEXT, Action, CloseLink, Connect, DataReady, Emit, Locate, Send, SendState, StopIO
 
 
 @dataclass(slots=True)
@@ -359,6 +359,7 @@ class SendSide:
             return
         if transfer.state is SendState.OPENED:
             self._move(transfer, SendState.SENDING)
+        self._actions.append(Locate(lane.parts))
         self._mark_ready(transfer, key, lane, range(len(self._model.layers)))
 
     def _mark_ready(self, transfer: _Transfer, key: LinkKey, lane: SendLane, layers: Iterable[int]) -> None:

@@ -35,8 +35,9 @@ from kvtransfer.frames import Sink
 from kvtransfer.lanes import Landing, Outgoing
 from kvtransfer.link import TURN_BYTES, LinkClosed, OutgoingFrame
 from kvtransfer.messages import NO_DIGEST, Data, Message, Seal
+from kvtransfer.plan import Part
 from kvtransfer.pool import DevicePool, Extents
-from kvtransfer.protocol import Action, CloseLink, Connect, DataReady, Emit, Send, StopIO
+from kvtransfer.protocol import Action, CloseLink, Connect, DataReady, Emit, Locate, Send, StopIO
 from kvtransfer.receiving import ReceiveSide
 from kvtransfer.sending import SendSide
 from kvtransfer.switchboard import Listener, Switchboard
@@ -99,6 +100,7 @@ class TransferThread:
         self._next_tick_s = self._now
         self._switchboard = Switchboard(config, pool_fd, listeners, self._selector, self, self._now, agent, exposed)
         self._unpublished: list[TransferEvent] = []
+        self._unlocated: list[list[Part]] = []
         self._unready: deque[tuple[Ready, TransferId, int | None, int]] = deque()
         """What `written` said of bytes that a device may still be writing, in order."""
         self._stopping: list[tuple[SendSide | ReceiveSide, TransferId]] = []
@@ -199,6 +201,8 @@ class TransferThread:
         while self._act():  # a write met a closed connection
             self._switchboard.flush()
         self._publish()
+        while self._unlocated:
+            self._locate(self._unlocated.pop())
 
     def _timeout_s(self) -> float:
         if self._switchboard.dirty or self._switchboard.unread or not self._commands.empty():
@@ -224,6 +228,10 @@ class TransferThread:
         self.send.tick(self._now)
         self.receive.tick(self._now)
         self._switchboard.sweep()
+
+    def _locate(self, parts: list[Part]) -> None:
+        if isinstance(self._pool, LeafDigests) and parts:
+            self._pool.pool.pieces(parts)  # which remembers
 
     def _publish(self) -> None:
         """Events come last in a turn: an Abort is on its way before the engine may reuse the blocks."""
@@ -259,6 +267,8 @@ class TransferThread:
                 connection = switchboard.links(role).get(key)
                 if connection is not None and not connection.link.is_blocked:
                     switchboard.dirty.add(connection)
+            case Locate(parts):
+                self._unlocated.append(parts)
             case Emit(event):
                 self._unpublished.append(event)
                 if isinstance(event, Failed) and event.integrity:

@@ -26,7 +26,7 @@ from kvtransfer.digests import FrameDigest, LeafDigests, seal
 from kvtransfer.messages import Data, Message, TransferMessage
 from kvtransfer.plan import FRAME_BYTES, plan_copies
 from kvtransfer.pool import Extents, Pool, copy
-from kvtransfer.protocol import CloseLink, Connect, DataReady, Emit, Send, StopIO
+from kvtransfer.protocol import CloseLink, Connect, DataReady, Emit, Locate, Send, StopIO
 from kvtransfer.receiving import ReceiveSide
 from kvtransfer.sending import SendSide
 
@@ -155,7 +155,7 @@ class Wire:
                 link = self._link(rank, key)
                 if link is not None:
                     self.cut(link)
-            case DataReady():
+            case DataReady() | Locate():
                 pass
 
     def _link(self, rank: WireRank, key: LinkKey) -> WireLink | None:

@@ -108,7 +108,7 @@ class TransferSection(_Section):
     """KV between workers."""
 
     transports: tuple[Literal["shm", "nixl", "cuda_ipc", "tcp"], ...] = ("shm", "tcp")  # in order of preference
-    credit_bytes: Bytes = Field(default=64 * 2**20, ge=2**16)
+    credit_bytes: Bytes = Field(default=128 * 2**20, ge=2**16)
     lease_s: float = Field(default=10.0, gt=0.1, le=3600)
 
     @model_validator(mode="after")

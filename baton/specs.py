@@ -53,7 +53,7 @@ class RankSpec:
     prompt_attention: str = "auto"
     """auto, flash or triton."""
     transports: tuple[str, ...] = ("shm", "tcp")
-    credit_bytes: int = 64 * 2**20
+    credit_bytes: int = 128 * 2**20
     lease_s: float = 10.0
     log_level: str = "info"
 

@@ -69,7 +69,7 @@ from kvtransfer.api import (
 )
 from kvtransfer.endpoint import Endpoint
 from kvtransfer.native.library import library
-from kvtransfer.plan import FETCHED_FRAME_BYTES, FRAME_BYTES
+from kvtransfer.plan import FETCHED_FRAME_BYTES, FRAME_BYTES, MAX_FRAME_BYTES
 from kvtransfer.pool import Pieces, address_of
 from kvtransfer.transports import tcp
 
@@ -192,6 +192,7 @@ def send_arm(
     peer = PeerWorker("d", "d", (peers[arm],))
     is_per_block, block_bytes = BATON_ARMS[arm].is_per_block, bench.layout.block_bytes(0)
     connection.FRAME_BYTES = block_bytes if is_per_block else FRAME_BYTES  # type: ignore[misc]
+    connection.MAX_FRAME_BYTES = block_bytes if is_per_block else MAX_FRAME_BYTES  # type: ignore[misc]
     connection.FETCHED_FRAME_BYTES = block_bytes if is_per_block else FETCHED_FRAME_BYTES  # type: ignore[misc]
     if BATON_ARMS[arm].is_fresh:
         endpoint.will_write(table, 0, num_tokens)

@@ -279,7 +279,7 @@ class EndpointConfig:
     transports: tuple[str, ...] = ("shm", "tcp")
     """In order of preference. "tcp+tls" needs `identity` and excludes "tcp" and "nixl", which do not encrypt."""
     identity: ClusterIdentity | None = None
-    credit_bytes: int = 64 * 2**20
+    credit_bytes: int = 128 * 2**20
     """Receiver: most bytes of one transfer that one source rank may have under way."""
     lease_s: float = 10.0
     """Without progress or a heartbeat from the peer for so long, a transfer fails."""

@@ -28,8 +28,8 @@ from baton.kv_layout import KVGeometry, KVLayout, LayerSpec, ModelKV
 from kvtransfer.messages import Challenge, Hello, Message, Proof, ProtocolError, Welcome
 from kvtransfer.plan import CopyPlan, plan_copies
 
-MIN_VERSION: Final = 4
-MAX_VERSION: Final = 4
+MIN_VERSION: Final = 5
+MAX_VERSION: Final = 5
 _CONTEXT: Final = b"baton kv transfer handshake v1"
 _MAX_LAYERS: Final = 4096
 _MAX_COUNT: Final = 2**31

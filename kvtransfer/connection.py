@@ -17,12 +17,15 @@ from kvtransfer.cuda.driver import Job
 from kvtransfer.frames import Sink
 from kvtransfer.link import Link, OutgoingFrame
 from kvtransfer.messages import Data, Goodbye, Hello, Message, ProtocolError, code_of, is_handshake
-from kvtransfer.plan import FETCHED_FRAME_BYTES, FRAME_BYTES
+from kvtransfer.plan import FETCHED_FRAME_BYTES, FRAME_BYTES, MAX_FRAME_BYTES
 from kvtransfer.transports import cuda_ipc, nixl, shm
 from kvtransfer.transports.tls import TlsSocket
 
 FrameName: TypeAlias = tuple[TransferId, int, int, int, int]
 """Transfer, first layer, number of layers, first unit, number of units."""
+FRAME_S: Final = 0.01
+"""A frame holds its link for about so long at most, unless that were less than FRAME_BYTES: what comes next waits for its
+end, and each one costs both ends 0.1 ms."""
 HANDSHAKE_S: Final = 2.0
 """How long a connection may take to be made, and a peer to authenticate."""
 
@@ -126,7 +129,9 @@ class Connection:
     @property
     def frame_bytes(self) -> int:
         """Most payload bytes of a frame that goes out, unless a single unit is larger."""
-        return FETCHED_FRAME_BYTES if self.transport in (nixl.NAME, cuda_ipc.NAME) else FRAME_BYTES
+        if self.transport in (nixl.NAME, cuda_ipc.NAME):
+            return FETCHED_FRAME_BYTES
+        return max(FRAME_BYTES, min(MAX_FRAME_BYTES, int(self.link.bytes_per_s * FRAME_S)))
 
     @property
     def key(self) -> LinkKey:
@@ -208,7 +213,7 @@ class Connection:
         elif reply is not None:
             self.link.post(reply)
         if session is not None:
-            limit = 0 if self.is_fetched else max(FRAME_BYTES, session.plan.max_unit_bytes)
+            limit = 0 if self.is_fetched else max(MAX_FRAME_BYTES, session.plan.max_unit_bytes)
             self.link.open(session.send_key, session.receive_key, limit)
             self.session = session
             self._opened(self)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from typing import Final
 
 from kvtransfer.native.library import Library
 from kvtransfer.pool import Extents
@@ -18,7 +19,8 @@ class Departure:
         self._extents = extents
         self._progress = (ctypes.c_uint64 * 4)(0, len(head))
         """Bytes of the head that are sent, and all of them; then which piece comes next, and where in it."""
-        self.bytes_left = len(head) + extents.num_bytes
+        self.num_bytes: Final = len(head) + extents.num_bytes
+        self.bytes_left = self.num_bytes
 
     def send(self, fd: int) -> int:
         """Send until the socket is full or all is sent; how many bytes.
@@ -35,5 +37,8 @@ class Departure:
     def rest(self) -> bytes:
         """A private copy of what is not sent."""
         head_sent, _, piece, offset = self._progress
-        rest = b"".join(ctypes.string_at(int(start), int(length)) for start, length in self._extents.pieces[piece:])
-        return self._head[head_sent:] + rest[offset:]
+        rest = [self._head[head_sent:]]
+        for start, length in self._extents.pieces[piece:].tolist():
+            rest.append(ctypes.string_at(start + offset, length - offset))
+            offset = 0
+        return b"".join(rest)

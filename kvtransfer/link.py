@@ -7,6 +7,7 @@ import contextlib
 import os
 import socket
 import ssl
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import Final, NamedTuple
@@ -16,7 +17,7 @@ from kvtransfer.departure import Departure
 from kvtransfer.frames import FrameReader, Sink, Tagger, encode_frame
 from kvtransfer.messages import Data, Message, ProtocolError
 from kvtransfer.native.library import library
-from kvtransfer.plan import HASH_BYTES
+from kvtransfer.plan import FRAME_BYTES, HASH_BYTES
 from kvtransfer.pool import Extents
 from kvtransfer.transports.tls import TlsSocket
 
@@ -25,6 +26,8 @@ _MAX_IOV: Final = 512
 TURN_BYTES: Final = 32 * 1024 * 1024
 """Bytes that one link may move before the others get their turn."""
 _LOW_WATER_BYTES: Final = 512 * 1024
+_MEASURED_BYTES: Final = FRAME_BYTES * 3 // 4
+"""Smaller frames may say only how fast the sockets' buffers take them."""
 _MAX_FDS: Final = 1
 
 
@@ -72,8 +75,11 @@ class Link:
         self._received_fds: list[int] = []
         self._budget = 0
         self._low_water_bytes = 0
+        self._departed_s = 0.0
         self.is_blocked = False
         """The socket took no more: wait until it is writable."""
+        self.bytes_per_s = 0.0
+        """How fast the last large frame went out; 0: none did."""
 
     def fileno(self) -> int:
         """For selectors."""
@@ -156,6 +162,8 @@ class Link:
         sent = departure.send(self._sock.fileno())
         if not departure.bytes_left:
             self._departure = None
+            if departure.num_bytes >= _MEASURED_BYTES:
+                self.bytes_per_s = departure.num_bytes / (time.monotonic() - self._departed_s)
         return sent
 
     def _next_frames(self) -> int:
@@ -174,6 +182,7 @@ class Link:
             head = messages + encode_frame(frame.message, self._tagger, payload.num_bytes)
             if self._native is not None:
                 self._departure = Departure(self._native, head, payload)
+                self._departed_s = time.monotonic()
                 return 0
             payload = payload.views()
         else:

@@ -29,7 +29,10 @@ from baton.errors import LayoutMismatch
 from baton.kv_layout import UNIT_TOKENS, KVLayout, ModelKV, kv_head_range
 
 FRAME_BYTES: Final = 16 * 1024 * 1024
-"""Most payload bytes of one frame on a stream or in shared memory, unless a single unit is larger."""
+"""Most payload bytes of one frame on a stream or in shared memory, unless a single unit is larger or the link is fast."""
+
+MAX_FRAME_BYTES: Final = 64 * 1024 * 1024
+"""The same on a stream, however fast."""
 
 FETCHED_FRAME_BYTES: Final = 4 * 1024 * 1024
 """The same where a device or NIXL fetches the bytes."""

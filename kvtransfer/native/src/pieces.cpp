@@ -323,14 +323,19 @@ API int64_t baton_receive(int32_t fd, const iovec* pieces, Progress* progress, u
                           int32_t streams) {
     uint64_t done = 0;
     int64_t end = 0;
+    // When the sender is the slower end it is as well to take longer inside the kernel: while a thread reads from a socket,
+    // what comes waits for it; else the sender's core does that work, too.
+    bool is_behind = false;
     while (done < num_bytes) {
         const size_t rest = num_bytes - done;
-        const ssize_t came = streams && CAN_STREAM ? stream_some(fd, pieces, *progress, rest, leaves)
-                                                   : receive_some(fd, pieces, *progress, rest, leaves);
+        const bool by_buffer = streams && CAN_STREAM && (leaves || is_behind);
+        const ssize_t came = by_buffer ? stream_some(fd, pieces, *progress, rest, leaves)
+                                       : receive_some(fd, pieces, *progress, rest, leaves);
         if (came < 0 && errno == EINTR) continue;
         end = came < 0 ? -errno : 0;
         if (came <= 0) break;
         done += static_cast<uint64_t>(came);
+        is_behind = static_cast<size_t>(came) == least(rest, by_buffer ? BOUNCE_BYTES : PART_BYTES);
     }
     publish();
     return done ? static_cast<int64_t>(done) : end;

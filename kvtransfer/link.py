@@ -23,7 +23,7 @@ from kvtransfer.transports.tls import TlsSocket
 
 _MAX_IOV: Final = 512
 """Buffers per system call; the kernel's limit is 1024."""
-TURN_BYTES: Final = 32 * 1024 * 1024
+TURN_BYTES: Final = 16 * 1024 * 1024
 """Bytes that one link may move before the others get their turn."""
 _LOW_WATER_BYTES: Final = 512 * 1024
 _MEASURED_BYTES: Final = FRAME_BYTES * 3 // 4

@@ -172,6 +172,19 @@ def test_every_byte_arrives_between_any_geometries(
     assert stats.frames_verified > 0
 
 
+@pytest.mark.parametrize("verify", [False, True], ids=["no digests", "digests"])
+@pytest.mark.parametrize("destination_tp", [1, 2])
+def test_a_transfer_larger_than_any_cache_arrives_whole_however_fast_its_link_is(
+    lab: Lab, destination_tp: int, verify: bool
+) -> None:
+    source = lab.worker("p", model=BIG_MODEL, verify=verify)
+    destination = lab.worker("d", model=BIG_MODEL, verify=verify, tp_size=destination_tp)
+    for seed in range(2):  # the second in frames whose length depends on how fast the first one's went
+        transfer(source, destination, num_tokens=1000, seed=seed)  # 31 MiB
+    assert_quiet(source, destination)
+    assert (destination.leader.endpoint.stats().frames_verified > 0) == verify
+
+
 @pytest.mark.parametrize("native_side", ["neither", "p", "d"])
 def test_native_code_and_python_packages_understand_each_other(
     lab: Lab, native_side: str, monkeypatch: pytest.MonkeyPatch

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import socket
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from kvtransfer.api import TransferId
+from kvtransfer.connection import Connection
 from kvtransfer.frames import Sink
 from kvtransfer.link import Link, OutgoingFrame
 from kvtransfer.messages import NO_DIGEST, Complete, Data, Manifest, Message
 from kvtransfer.native.library import library
-from kvtransfer.plan import HASH_BYTES
+from kvtransfer.plan import FETCHED_FRAME_BYTES, FRAME_BYTES, HASH_BYTES, MAX_FRAME_BYTES
 from kvtransfer.pool import Extents, Pool
 
 ID = TransferId(bytes(16))
@@ -118,3 +121,35 @@ def test_a_frame_that_is_stopped_arrives_as_it_was_and_the_link_goes_on(ends: En
     ends.sender.post(Complete(ID))
     ends.finish()
     assert ends.came == [FRAME, MANIFEST, Complete(ID)]
+
+
+def test_a_link_tells_how_fast_a_large_frame_went_and_ignores_small_ones(
+    ends: Ends, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends.finish()
+    assert not ends.sender.bytes_per_s
+    other = Ends()
+    now = itertools.count(100.0, 0.5)
+    monkeypatch.setattr("kvtransfer.link._MEASURED_BYTES", len(other.payload))
+    monkeypatch.setattr("kvtransfer.link.time.monotonic", lambda: next(now))
+    other.finish()
+    assert len(other.payload) * 2 < other.sender.bytes_per_s < len(other.payload) * 2 + 1000
+    other.close()
+
+
+@pytest.mark.parametrize(
+    ("transport", "bytes_per_s", "frame_bytes"),
+    [
+        ("tcp", 0.0, FRAME_BYTES),
+        ("tcp", 125e6, FRAME_BYTES),  # 1 Gbit/s
+        ("tcp", 4e9, 40_000_000),
+        ("tcp", 1e12, MAX_FRAME_BYTES),
+        ("shm", 0.0, FRAME_BYTES),
+        ("nixl", 0.0, FETCHED_FRAME_BYTES),
+    ],
+)
+def test_a_frame_holds_its_link_for_ten_milliseconds_or_has_sixteen_mebibytes(
+    transport: str, bytes_per_s: float, frame_bytes: int
+) -> None:
+    connection = SimpleNamespace(transport=transport, link=SimpleNamespace(bytes_per_s=bytes_per_s))
+    assert Connection.frame_bytes.fget(connection) == frame_bytes  # type: ignore[attr-defined]

@@ -23,9 +23,8 @@ from kvtransfer.transports.tls import TlsSocket
 
 FrameName: TypeAlias = tuple[TransferId, int, int, int, int]
 """Transfer, first layer, number of layers, first unit, number of units."""
-FRAME_S: Final = 0.01
-"""A frame holds its link for about so long at most, unless that were less than FRAME_BYTES: what comes next waits for its
-end, and each one costs both ends 0.1 ms."""
+_FRAME_S: Final = 0.01
+"""How long a frame may hold its link, for messages wait for its end. Short ones are costly: 0.1 ms each, at both ends."""
 HANDSHAKE_S: Final = 2.0
 """How long a connection may take to be made, and a peer to authenticate."""
 
@@ -35,6 +34,11 @@ class Role(enum.StrEnum):
 
     SENDER = "sender"
     RECEIVER = "receiver"
+
+
+def stream_frame_bytes(bytes_per_s: float) -> int:
+    """Most payload bytes of a frame on a link of this speed."""
+    return max(FRAME_BYTES, min(MAX_FRAME_BYTES, int(bytes_per_s * _FRAME_S)))
 
 
 class PeerRefused(Exception):
@@ -131,7 +135,7 @@ class Connection:
         """Most payload bytes of a frame that goes out, unless a single unit is larger."""
         if self.transport in (nixl.NAME, cuda_ipc.NAME):
             return FETCHED_FRAME_BYTES
-        return max(FRAME_BYTES, min(MAX_FRAME_BYTES, int(self.link.bytes_per_s * FRAME_S)))
+        return stream_frame_bytes(self.link.bytes_per_s)
 
     @property
     def key(self) -> LinkKey:

@@ -40,7 +40,7 @@ class Landing(NamedTuple):
     """Where the receiver fetches the bytes in the sender's pool. None: they come on the stream."""
     num_bytes: int
     is_streamed: bool
-    """Written past the caches."""
+    """May be written past the caches."""
 
 
 class Misfit(Exception):

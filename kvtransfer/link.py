@@ -7,11 +7,11 @@ import contextlib
 import os
 import socket
 import ssl
-import time
 from collections import deque
 from collections.abc import Callable
 from typing import Final, NamedTuple
 
+from baton.clock import Clock, SystemClock
 from kvtransfer.api import TransferId
 from kvtransfer.departure import Departure
 from kvtransfer.frames import FrameReader, Sink, Tagger, encode_frame
@@ -24,10 +24,14 @@ from kvtransfer.transports.tls import TlsSocket
 _MAX_IOV: Final = 512
 """Buffers per system call; the kernel's limit is 1024."""
 TURN_BYTES: Final = 16 * 1024 * 1024
-"""Bytes that one link may move before the others get their turn."""
+"""Bytes that one link may read before the others get their turn."""
+_WRITTEN_BYTES: Final = 32 * 1024 * 1024
+"""The same for writing."""
 _LOW_WATER_BYTES: Final = 512 * 1024
-_MEASURED_BYTES: Final = FRAME_BYTES * 3 // 4
-"""Smaller frames may say only how fast the sockets' buffers take them."""
+MEASURED_BYTES: Final = FRAME_BYTES * 3 // 4
+"""Smaller frames may say only how fast the socket's own buffer takes them. Of larger ones it takes up to half, so the speed
+may be told twice as high as it is."""
+_SYSTEM_CLOCK: Final = SystemClock()
 _MAX_FDS: Final = 1
 
 
@@ -58,6 +62,7 @@ class Link:
         end: Callable[[Message], None],
         pull: Callable[[], OutgoingFrame | None],
         max_control_bytes: int,
+        clock: Clock = _SYSTEM_CLOCK,
     ) -> None:
         """`pull` gives the next data frame."""
         sock.setblocking(False)
@@ -75,6 +80,7 @@ class Link:
         self._received_fds: list[int] = []
         self._budget = 0
         self._low_water_bytes = 0
+        self._clock = clock
         self._departed_s = 0.0
         self.is_blocked = False
         """The socket took no more: wait until it is writable."""
@@ -133,7 +139,7 @@ class Link:
         Raises:
             LinkClosed: the peer is gone.
         """
-        budget = TURN_BYTES
+        budget = _WRITTEN_BYTES
         self.is_blocked = False
         while budget > 0:
             if not self._writing and self._departure is None:
@@ -141,7 +147,7 @@ class Link:
                 if not self._writing and self._departure is None:
                     return False
             try:
-                sent = self._send()
+                sent = self._send(budget)
             except BlockingIOError:
                 self.is_blocked = True
                 return False
@@ -152,18 +158,18 @@ class Link:
             budget -= sent
         return True
 
-    def _send(self) -> int:
-        """Write once; how many bytes the socket took."""
+    def _send(self, enough: int) -> int:
+        """Write once, of a data frame about `enough` bytes at most; how many the socket took."""
         departure = self._departure
         if departure is None or self._writing:
             sent = self._sock.sendmsg(self._writing[:_MAX_IOV])
             _drop(self._writing, sent)
             return sent
-        sent = departure.send(self._sock.fileno())
+        sent = departure.send(self._sock.fileno(), enough)
         if not departure.bytes_left:
             self._departure = None
-            if departure.num_bytes >= _MEASURED_BYTES:
-                self.bytes_per_s = departure.num_bytes / (time.monotonic() - self._departed_s)
+            if departure.num_bytes >= MEASURED_BYTES:
+                self.bytes_per_s = departure.num_bytes / (self._clock.now() - self._departed_s)
         return sent
 
     def _next_frames(self) -> int:
@@ -182,7 +188,7 @@ class Link:
             head = messages + encode_frame(frame.message, self._tagger, payload.num_bytes)
             if self._native is not None:
                 self._departure = Departure(self._native, head, payload)
-                self._departed_s = time.monotonic()
+                self._departed_s = self._clock.now()
                 return 0
             payload = payload.views()
         else:
@@ -274,7 +280,7 @@ class Link:
         if self._written_transfer == transfer_id:
             self._writing = [memoryview(b"".join(self._writing))] if self._writing else []
             if self._departure is not None:
-                self._writing, self._departure = [memoryview(self._departure.rest())], None
+                self._writing, self._departure = self._departure.rest(), None
             self._written_transfer = None
         message = self._reader.message
         if type(message) is Data and message.transfer_id == transfer_id:

@@ -22,7 +22,9 @@ Addresses: TypeAlias = npt.NDArray[np.uint64]
 Pieces: TypeAlias = npt.NDArray[np.uint64]
 """[num_pieces, 2]: (address, length in bytes), in order."""
 _MAX_SPREADS: Final = 16
+"""Transfers whose pieces are remembered."""
 _MAX_SPREAD_PIECES: Final = 65536
+"""Of one transfer: 1 MiB."""
 
 
 class Pool:
@@ -41,7 +43,7 @@ class Pool:
             start = end
         self._bases = _bases(self._layers)
         self._spreads: dict[int, tuple[Runs, Pieces]] = {}
-        """Runs in all layers, by their identity: the frames of a transfer ask for them layer after layer."""
+        """Runs in all layers, by their identity."""
 
     @classmethod
     def flat(cls, buffer: memoryview) -> Pool:
@@ -58,16 +60,30 @@ class Pool:
         return [view[start : start + length] for start, length in runs.tolist()]
 
     def pieces(self, parts: Sequence[Part]) -> Pieces:
-        """Where the bytes of `parts` lie; valid until `release`. Shared: never changed."""
+        """Where the bytes of `parts` lie; valid until `release`. Shared: never changed.
+
+        Raises:
+            ValueError: there is no such layer, or the pool was released.
+        """
         first, runs = parts[0]
-        if len(runs) * len(self._bases) > _MAX_SPREAD_PIECES or not _is_alike(parts):
-            return _pieces(self._bases, parts)
         found = self._spreads.get(id(runs))
-        if found is None:
-            if len(self._spreads) >= _MAX_SPREADS:
-                self._spreads.clear()
-            found = self._spreads[id(runs)] = runs, _spread(self._bases, runs)
+        if found is None or not _is_alike(parts):
+            return _pieces(self._bases, parts)
+        if first + len(parts) > len(self._bases):
+            raise ValueError(f"layers {first}+{len(parts)} of a pool with {len(self._bases)}")
         return found[1][first * len(runs) : (first + len(parts)) * len(runs)]
+
+    def locate(self, parts: Sequence[Part]) -> None:
+        """`pieces` will be asked for some of these layers at a time: compute it for all of them now.
+
+        Only where they have the same bytes in every layer, and not too many. One thread.
+        """
+        _, runs = parts[0]
+        if len(runs) * len(self._bases) > _MAX_SPREAD_PIECES or not _is_alike(parts):
+            return
+        if len(self._spreads) >= _MAX_SPREADS:
+            self._spreads.pop(next(iter(self._spreads)))
+        self._spreads[id(runs)] = runs, _spread(self._bases, runs)
 
     def address(self, layer: int) -> int:
         """Of a layer's first byte; valid until `release`."""
@@ -181,6 +197,8 @@ def _spread(bases: Addresses, runs: Runs) -> Pieces:
 def _pieces(bases: Addresses, parts: Sequence[Part]) -> Pieces:
     if _is_alike(parts):
         first, runs = parts[0]
+        if first + len(parts) > len(bases):
+            raise ValueError(f"layers {first}+{len(parts)} of a pool with {len(bases)}")
         return _spread(bases[first : first + len(parts)], runs)
     return np.concatenate([runs + np.array((bases[layer], 0), np.uint64) for layer, runs in parts])
 

@@ -201,8 +201,7 @@ class TransferThread:
         while self._act():  # a write met a closed connection
             self._switchboard.flush()
         self._publish()
-        while self._unlocated:
-            self._locate(self._unlocated.pop())
+        self._locate()
 
     def _timeout_s(self) -> float:
         if self._switchboard.dirty or self._switchboard.unread or not self._commands.empty():
@@ -229,9 +228,11 @@ class TransferThread:
         self.receive.tick(self._now)
         self._switchboard.sweep()
 
-    def _locate(self, parts: list[Part]) -> None:
-        if isinstance(self._pool, LeafDigests) and parts:
-            self._pool.pool.pieces(parts)  # which remembers
+    def _locate(self) -> None:
+        for parts in self._unlocated:
+            if isinstance(self._pool, LeafDigests) and parts:
+                self._pool.pool.locate(parts)
+        self._unlocated.clear()
 
     def _publish(self) -> None:
         """Events come last in a turn: an Abort is on its way before the engine may reuse the blocks."""

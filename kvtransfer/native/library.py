@@ -16,7 +16,7 @@ from baton.native_build import NativeUnavailable
 
 log = logging.getLogger("kvtransfer")
 
-_ABI: Final = 6
+_ABI: Final = 7
 _SOURCE: Final = Path(__file__).parent / "src" / "pieces.cpp"
 _FLAGS: Final = (*native_build.FLAGS, "-O3")
 _SIGNATURES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
@@ -25,7 +25,7 @@ _SIGNATURES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "baton_landed": (None, (c_void_p, c_void_p, c_uint64, c_void_p)),
     "baton_digest": (c_uint64, (c_void_p, c_uint64, c_void_p, c_void_p)),
     "baton_copy": (None, (c_void_p, c_void_p, c_uint64, c_void_p, c_int32)),
-    "baton_send": (c_int64, (c_int32, c_char_p, c_void_p, c_void_p, c_uint64)),
+    "baton_send": (c_int64, (c_int32, c_char_p, c_void_p, c_void_p, c_uint64, c_uint64)),
     "baton_receive": (c_int64, (c_int32, c_void_p, c_void_p, c_uint64, c_void_p, c_int32)),
 }
 

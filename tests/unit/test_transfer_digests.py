@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import itertools
 import math
+import select
 import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -480,6 +481,42 @@ def test_bytes_that_come_on_a_socket_in_tiny_bites_are_verified(
                 came += count
     assert b"".join(bytes(view) for view in arrived.views()) == payload
     assert arrived.is_verified is not is_broken
+
+
+@native_only
+@pytest.mark.parametrize("streams", [False, True])
+@pytest.mark.parametrize("cut", [0, 1, 63])
+def test_bytes_that_come_without_digests_go_to_their_place_whether_many_or_few_wait(cut: int, streams: bool) -> None:
+    native = library()
+    assert native is not None
+    num_bytes = 3 * 2**20 + 77
+    data = np.random.default_rng(cut).integers(0, 256, num_bytes, np.uint8)
+    room = np.zeros(num_bytes + 3 * 64, np.uint8)
+    lengths = [700_000 - cut, 1_000_000, num_bytes - 1_700_000 + cut]
+    starts = [cut, 700_064, 1_700_128]
+    pieces = np.array([[address_of(room) + at, length] for at, length in zip(starts, lengths, strict=True)], np.uint64)
+    progress = (ctypes.c_uint64 * 4)()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 * 2**20)
+        theirs = socket.create_connection(listener.getsockname())
+        ours, _ = listener.accept()
+    with ours, theirs:
+        ours.setblocking(False)
+        theirs.setblocking(False)
+        sent = came = 0
+        while came < num_bytes:
+            while sent < num_bytes:  # as much as the sockets take: more than one read, where they are large
+                try:
+                    sent += theirs.send(data[sent:].data)
+                except BlockingIOError:
+                    break
+            assert select.select([ours], [], [], 10)[0]
+            count = native.receive(ours.fileno(), address_of(pieces), progress, num_bytes - came, None, streams)
+            assert count > 0
+            came += count
+    found = [room[at : at + length] for at, length in zip(starts, lengths, strict=True)]
+    assert (np.concatenate(found) == data).all()
+    assert room.sum(dtype=np.int64) == data.sum(dtype=np.int64)  # nothing beside
 
 
 def test_a_frame_is_sealed_for_what_it_is() -> None:

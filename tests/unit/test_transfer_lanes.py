@@ -96,6 +96,17 @@ def test_a_frame_names_no_more_blocks_than_its_body_holds(block_size: int, first
     assert lane.is_full
 
 
+@pytest.mark.parametrize(("num_blocks", "is_streamed"), [(16_384, False), (16_385, True)], ids=["8 MiB", "more"])
+def test_what_no_core_s_cache_holds_goes_past_it(num_blocks: int, is_streamed: bool) -> None:
+    layout = KVLayout(THIN, KVGeometry(1, 16, num_blocks), 0)
+    lane = ReceiveLane(plan_copies(layout, layout))
+    lane.accept(range(num_blocks), num_blocks * 16, 0, 8 * FRAME_BYTES)
+    [outgoing] = sent(num_blocks, 16, 0, name_blocks=False)
+    landing = lane.begin(outgoing.frame, outgoing.num_bytes)
+    assert landing is not None
+    assert landing.is_streamed is is_streamed
+
+
 def test_a_frame_on_a_stream_names_no_blocks_and_may_have_more() -> None:
     [outgoing] = sent(MAX_NAMED_BLOCKS + 1, 16, 0, name_blocks=False)
     assert outgoing.frame.num_layers == 2

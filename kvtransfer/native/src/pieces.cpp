@@ -118,7 +118,8 @@ bool can_stream_digest(const void* to, const Leaves& leaves) {
 }
 
 // Whole leaves copied, past the caches if `streams`, and hashed in one pass. `next`: what will be read afterwards.
-void copy_leaves(uint8_t* to, const uint8_t* from, size_t num_bytes, const uint8_t* next, const Leaves& leaves, bool streams) {
+void copy_leaves(uint8_t* to, const uint8_t* from, size_t num_bytes, const uint8_t* next, const Leaves& leaves,
+                 bool streams) {
     const size_t leaf = leaves.leaf_bytes, body = num_bytes > TILE ? (num_bytes - TILE) / leaf * leaf : 0;
     uint8_t* const out = leaves.digest_of(to);
     const xxh3::Digest copy = streams && can_stream_digest(to, leaves) ? stream_digest : copy_digest;
@@ -178,8 +179,8 @@ void land(const iovec* pieces, Progress& progress, size_t num_bytes, const Leave
     }
 }
 
-// The next `num_bytes` of the pieces lie at `from`: streams them into their place and, if there are leaves, makes the
-// digests of those that are complete.
+// The next `num_bytes` of the pieces, none of which is empty, lie at `from`: streams them into their place and, if there are
+// leaves, makes the digests of those that are complete.
 void take(const uint8_t* from, const iovec* pieces, Progress& progress, size_t num_bytes, const Leaves* leaves) {
     while (num_bytes) {
         const Cursor& landed = progress.landed;
@@ -210,7 +211,8 @@ ssize_t receive_some(int32_t fd, const iovec* pieces, Progress& progress, size_t
     message.msg_iovlen = static_cast<size_t>(end - batch);
     const ssize_t came = recvmsg(fd, &message, MSG_DONTWAIT);
     if (came <= 0) return came;
-    leaves ? land(pieces, progress, static_cast<size_t>(came), *leaves) : advance(pieces, progress.landed, static_cast<size_t>(came));
+    const size_t num_came = static_cast<size_t>(came);
+    leaves ? land(pieces, progress, num_came, *leaves) : advance(pieces, progress.landed, num_came);
     return came;
 }
 
@@ -225,7 +227,7 @@ ssize_t stream_some(int32_t fd, const iovec* pieces, Progress& progress, size_t 
 
 }  // namespace
 
-API int32_t baton_pieces_abi() { return 6; }
+API int32_t baton_pieces_abi() { return 7; }
 
 // For tests: 0 portable, 1 AVX2, 2 AVX-512, each only where the CPU has it.
 API void baton_digest_width(int32_t width) {
@@ -262,8 +264,8 @@ API uint64_t baton_digest(const iovec* pieces, uint64_t count, const Leaves* lea
     return digests.size();
 }
 
-// Copies `num_bytes` from one list of pieces to another. `leaves`, if any: makes the digests of what then lies in `to`, and
-// if `streams` goes past the caches.
+// Copies `num_bytes` from one list of pieces to another. `leaves`, if any: makes the digests of what then lies in `to`; only
+// then, and with AVX-512, `streams` has a meaning: past the caches.
 API void baton_copy(const iovec* to, const iovec* from, uint64_t num_bytes, const Leaves* leaves, int32_t streams) {
     Cursor to_at{0, 0}, from_at{0, 0};
     while (num_bytes) {
@@ -290,11 +292,13 @@ API void baton_copy(const iovec* to, const iovec* from, uint64_t num_bytes, cons
     publish();
 }
 
-// Sends the rest of a frame, `num_bytes`, on a non-blocking socket until it is full; how many were sent, or -errno if none.
-API int64_t baton_send(int32_t fd, const char* head, const iovec* pieces, Departure* departure, uint64_t num_bytes) {
+// Sends of the rest of a frame, `num_bytes`, on a non-blocking socket until it is full or `enough` bytes (up to SENT_BYTES
+// more) are sent; how many were, or -errno if none.
+API int64_t baton_send(int32_t fd, const char* head, const iovec* pieces, Departure* departure, uint64_t num_bytes,
+                       uint64_t enough) {
     uint64_t done = 0;
     iovec batch[MAX_IOV];
-    while (done < num_bytes) {
+    while (done < num_bytes && done < enough) {
         const size_t head_left = departure->head_bytes - departure->head_sent;
         iovec* end = batch;
         if (head_left) *end++ = {const_cast<char*>(head) + departure->head_sent, head_left};
@@ -323,8 +327,9 @@ API int64_t baton_receive(int32_t fd, const iovec* pieces, Progress* progress, u
                           int32_t streams) {
     uint64_t done = 0;
     int64_t end = 0;
-    // When the sender is the slower end it is as well to take longer inside the kernel: while a thread reads from a socket,
-    // what comes waits for it; else the sender's core does that work, too.
+    // More is waiting than one read takes: only then the buffer pays without digests. A reader with time to spare had better
+    // take longer inside the kernel: while a thread reads from a socket, packets wait for it; else the sender's core takes
+    // them in, too.
     bool is_behind = false;
     while (done < num_bytes) {
         const size_t rest = num_bytes - done;

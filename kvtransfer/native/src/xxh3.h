@@ -216,11 +216,14 @@ Digest digest_of(int width) {
 #if defined(__x86_64__)
     const bool has_bmi2 = __builtin_cpu_supports("bmi2");
     if (width >= 2 && has_bmi2 && __builtin_cpu_supports("avx512f")) return digest_avx512<STORE>;
+#endif
     if (STORE == Store::STREAMED) return nullptr;
-    if (width >= 1 && has_bmi2 && __builtin_cpu_supports("avx2")) return STORE == Store::NONE ? digest_avx2 : copied<digest_avx2>;
+#if defined(__x86_64__)
+    if (width >= 1 && has_bmi2 && __builtin_cpu_supports("avx2")) {
+        return STORE == Store::NONE ? digest_avx2 : copied<digest_avx2>;
+    }
 #endif
     (void)width;
-    if (STORE == Store::STREAMED) return nullptr;
     return STORE == Store::NONE ? digest_portable : copied<digest_portable>;
 }
 

@@ -9,7 +9,7 @@ of a millisecond), on the same pools, whose pages are all touched. Before each a
 as KV blocks are that nobody has touched for a while, and both processes write WASH_BYTES of other memory, so that no
 arm finds what the one before it left. Medians and the spread are printed,
 and ratios are medians over the rounds. A round's time runs from the sender's first call to the moment when the receiver
-has the last byte in place (and verified, where the arm verifies); the two processes share CLOCK_MONOTONIC. Baton's
+has the last byte in place (and verified, where the arm verifies); the transfer has been granted and accepted by then; the two processes share CLOCK_MONOTONIC. Baton's
 sender announces all layers in one call, as a worker does that redirects KV; with --by-layer in one call each, as prefill
 does. TCP has congestion control "reno" in every arm unless told otherwise: with BBR's pacing and cubic's slow start all
 of them, the bare one too, jump between two speeds.

@@ -4,15 +4,15 @@
                              [--json OUT.json] [--check]
 
 The 135 M Llama shape in bf16. Two processes, each pinned to a core of its own where there are two: this one receives,
-a child sends. Each round runs every arm once, in random order (after an arm of 50 ms everything is colder than after one
-of a millisecond), on the same pools, whose pages are all touched. Before each arm both pools are flushed from all caches,
-as KV blocks are that nobody has touched for a while, and both processes write WASH_BYTES of other memory, so that no
-arm finds what the one before it left. Medians and the spread are printed,
-and ratios are medians over the rounds. A round's time runs from the sender's first call to the moment when the receiver
-has the last byte in place (and verified, where the arm verifies); the transfer has been granted and accepted by then; the two processes share CLOCK_MONOTONIC. Baton's
-sender announces all layers in one call, as a worker does that redirects KV; with --by-layer in one call each, as prefill
-does. TCP has congestion control "reno" in every arm unless told otherwise: with BBR's pacing and cubic's slow start all
-of them, the bare one too, jump between two speeds.
+a child sends. Each round runs every arm once, in random order (after an arm of 50 ms everything is colder than after
+one of a millisecond), on the same pools, whose pages are all touched. Before each arm both pools are flushed from all
+caches, as KV blocks are that nobody has touched for a while, and both processes write WASH_BYTES of other memory, so
+that no arm finds what the one before it left. Medians and the spread are printed, and ratios are medians over the
+rounds. A round's time runs from the sender's first call to the moment when the receiver has the last byte in place
+(and verified, where the arm verifies); the transfer has been granted and accepted by then; the two processes share
+CLOCK_MONOTONIC. Baton's sender announces all layers in one call, as a worker does that redirects KV; with --by-layer
+in one call each, as prefill does. TCP has congestion control "reno" in every arm unless told otherwise: with BBR's
+pacing and cubic's slow start all of them, the bare one too, jump between two speeds.
 
     memcpy          the layers' bytes from the sender's mapped pool to this one, one contiguous copy per layer
     memcpy blocks   the same bytes block by block as the tables say, in one call of C

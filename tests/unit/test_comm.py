@@ -55,7 +55,7 @@ def test_every_rank_gets_the_bits_of_the_sum_in_rank_order(tmp_path: Path, size:
         return tensor
 
     expected = sum_in_rank_order(size, (7, 33), 1, dtype)
-    for result in run_ranks(tmp_path, size, work):
+    for result in run_ranks(tmp_path, size, work, leave_together=True):
         assert torch.equal(result, expected)
 
 
@@ -68,7 +68,7 @@ def test_a_tensor_larger_than_a_slot_is_summed_and_gathered_by_pieces(tmp_path: 
         comm.all_reduce(tensor)
         return tensor, gathered
 
-    (total, gathered), (follower_total, nothing) = run_ranks(tmp_path, 2, work, slot_bytes=4096)
+    (total, gathered), (follower_total, nothing) = run_ranks(tmp_path, 2, work, slot_bytes=4096, leave_together=True)
     assert torch.equal(total, sum_in_rank_order(2, shape, 0, torch.float32))
     assert torch.equal(total, follower_total)
     assert nothing is None
@@ -93,7 +93,7 @@ def test_hundreds_of_collectives_in_a_row_never_mix(tmp_path: Path, size: int) -
                 wrong += int(total[-1] != size * index + sum(range(size)))
         return wrong
 
-    assert run_ranks(tmp_path, size, work) == [0] * size
+    assert run_ranks(tmp_path, size, work, leave_together=True) == [0] * size
 
 
 def test_messages_reach_every_follower_in_order_until_the_leader_closes(tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ def test_a_group_that_stays_incomplete_names_the_missing_ranks(tmp_path: Path) -
 
 def test_a_group_leaves_no_descriptor_and_no_file(tmp_path: Path) -> None:
     before = len(os.listdir("/proc/self/fd"))
-    run_ranks(tmp_path, 2, lambda comm: comm.all_reduce(torch.ones(3)))
+    run_ranks(tmp_path, 2, lambda comm: comm.all_reduce(torch.ones(3)), leave_together=True)
     assert list(tmp_path.iterdir()) == []
     assert len(os.listdir("/proc/self/fd")) == before
 

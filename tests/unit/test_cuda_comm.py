@@ -33,6 +33,6 @@ def test_sums_gathers_and_messages_reach_every_rank(tmp_path: Path) -> None:
         message = None if comm.rank == 0 else comm.receive()
         return tensor.tolist(), None if shards is None else [shard.tolist() for shard in shards], message
 
-    leader, follower = run_ranks(tmp_path, 2, work)
+    leader, follower = run_ranks(tmp_path, 2, work, leave_together=True)
     assert leader == ([1.0, 3.0, 5.0], [[0.0, 0.0], [1.0, 1.0]], None)
     assert follower == ([1.0, 3.0, 5.0], None, b"plan")

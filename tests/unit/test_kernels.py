@@ -388,7 +388,7 @@ def test_threads_and_ranks_give_the_tokens_of_the_reference(
         return tokens[len(prompt) :]
 
     # Slots smaller than a batch: sums are cut in pieces.
-    assert run_ranks(tmp_path, size, work, slot_bytes=4096)[0] == expected
+    assert run_ranks(tmp_path, size, work, slot_bytes=4096, leave_together=True)[0] == expected
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -511,7 +511,7 @@ def test_all_reduce_gives_the_bits_of_the_python_one(dtype: torch.dtype, size: i
             ours.append(mine)
         return ours, theirs
 
-    for ours, theirs in run_ranks(tmp_path, size, work, slot_bytes=4096):
+    for ours, theirs in run_ranks(tmp_path, size, work, slot_bytes=4096, leave_together=True):
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 

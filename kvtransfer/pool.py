@@ -67,10 +67,8 @@ class Pool:
         """
         first, runs = parts[0]
         found = self._spreads.get(id(runs))
-        if found is None or not _is_alike(parts):
+        if found is None or first + len(parts) > len(self._bases) or not _is_alike(parts):
             return _pieces(self._bases, parts)
-        if first + len(parts) > len(self._bases):
-            raise ValueError(f"layers {first}+{len(parts)} of a pool with {len(self._bases)}")
         return found[1][first * len(runs) : (first + len(parts)) * len(runs)]
 
     def locate(self, parts: Sequence[Part]) -> None:

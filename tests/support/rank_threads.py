@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -42,7 +41,7 @@ def run_ranks(
         try:
             result = work(comm)
             if leave_together:
-                with contextlib.suppress(threading.BrokenBarrierError):  # another one failed, and tells why
+                with suppress(threading.BrokenBarrierError):  # another one failed, and tells why
                     all_done.wait(60)
             return result
         finally:

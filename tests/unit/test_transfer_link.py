@@ -9,7 +9,6 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from baton.clock import Clock, SystemClock
 from kvtransfer.api import TransferId
 from kvtransfer.connection import stream_frame_bytes
 from kvtransfer.frames import Sink
@@ -31,7 +30,7 @@ MANIFEST = Manifest(ID, bytes(100_000))
 class Ends:
     """A sender that has one frame and a receiver that keeps what comes. The socket between them takes small bites."""
 
-    def __init__(self, clock: Clock | None = None) -> None:
+    def __init__(self) -> None:
         rng = np.random.default_rng(7)
         self.memory = rng.integers(0, 256, 2 * NUM_PIECES * PIECE, np.uint8)
         starts = rng.permutation(2 * NUM_PIECES)[:NUM_PIECES].astype(np.uint64) * np.uint64(PIECE)
@@ -44,9 +43,7 @@ class Ends:
         self._has_pulled = False
         ours, theirs = socket.socketpair()
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 20_000)
-        self.sender = Link(
-            ours, lambda message, num_bytes: None, self.came.append, self._pull, 2**20, clock or SystemClock()
-        )
+        self.sender = Link(ours, lambda message, num_bytes: None, self.came.append, self._pull, 2**20)
         self.sender.open(*KEYS, 0)
         self.receiver = Link(theirs, self._begin, self.came.append, lambda: None, 2**20)
         self.receiver.open(*KEYS[::-1], len(self.payload))
